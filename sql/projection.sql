@@ -1,0 +1,29 @@
+-- Projections: a definition, and a cursor for each tenant in which the projection has moved.
+
+-- owner and handler are text: a reg* column would stop pg_upgrade, and a role that is gone a whole restore.
+CREATE TABLE lockstep.projections (
+    name text NOT NULL,
+    owner text NOT NULL,
+    aggregate_types text[],
+    event_types text[],
+    handler text,
+    batch_size int NOT NULL,
+    max_failures int NOT NULL,
+    retry_after interval NOT NULL,
+    start_after numeric NOT NULL,
+    created_at timestamptz NOT NULL,
+    CONSTRAINT projections_pkey PRIMARY KEY (name)
+);
+
+-- Updated by every advance: room for HOT updates, and no index on what changes. No foreign key to projections: it would lock
+-- the definition's row at each first advance.
+CREATE TABLE lockstep.projection_cursors (
+    projection text NOT NULL,
+    tenant text NOT NULL,
+    position numeric NOT NULL,
+    advanced_at timestamptz NOT NULL,
+    CONSTRAINT projection_cursors_pkey PRIMARY KEY (projection, tenant)
+) WITH (fillfactor = 50);
+
+SELECT pg_catalog.pg_extension_config_dump('lockstep.projections', '');
+SELECT pg_catalog.pg_extension_config_dump('lockstep.projection_cursors', '');

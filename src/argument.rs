@@ -1,0 +1,91 @@
+//! What every function checks of its arguments before it locks anything.
+
+use pgrx::datum::Interval;
+
+use crate::error::Error;
+
+/// The longest name in bytes: three of them and a number fit into one entry of a B-tree index (2704 bytes).
+pub const MAX_NAME_BYTES: usize = 800;
+
+/// The value of an argument for which NULL has no meaning.
+pub fn required<T>(argument: &'static str, value: Option<T>) -> Result<T, Error> {
+    value.ok_or(Error::NullArgument(argument))
+}
+
+/// A tenant; the empty one is that of those who need none.
+pub fn tenant(value: Option<&str>) -> Result<&str, Error> {
+    let value = required("tenant", value)?;
+    within_limit("tenant", value)?;
+    Ok(value)
+}
+
+/// A name that must be there and not be empty.
+pub fn name<'a>(argument: &'static str, value: Option<&'a str>) -> Result<&'a str, Error> {
+    let value = required(argument, value)?;
+    not_empty(argument, value)?;
+    Ok(value)
+}
+
+/// `what` names the value in the message: an argument, or a key of an event.
+pub fn not_empty(what: &str, value: &str) -> Result<(), Error> {
+    if value.is_empty() {
+        return Err(Error::invalid(format!("{what} must not be empty")));
+    }
+    within_limit(what, value)
+}
+
+pub fn within_limit(what: &str, value: &str) -> Result<(), Error> {
+    if value.len() > MAX_NAME_BYTES {
+        return Err(Error::InvalidParameter {
+            message: format!("{what} is too long"),
+            detail: Some(format!(
+                "It has {} bytes, at most {MAX_NAME_BYTES} are allowed.",
+                value.len()
+            )),
+            hint: None,
+        });
+    }
+    Ok(())
+}
+
+/// A count that must be at least 1.
+pub fn positive(argument: &'static str, value: i32) -> Result<i32, Error> {
+    if value < 1 {
+        return Err(Error::invalid(format!(
+            "{argument} must be at least 1, not {value}"
+        )));
+    }
+    Ok(value)
+}
+
+/// An interval that is finite and not negative.
+pub fn not_negative(argument: &'static str, value: Interval) -> Result<Interval, Error> {
+    let infinite = value.months() == i32::MAX && value.days() == i32::MAX;
+    if infinite || value.months() < 0 || value.days() < 0 || value.micros() < 0 {
+        return Err(Error::invalid(format!(
+            "{argument} must be finite and not negative"
+        )));
+    }
+    Ok(value)
+}
+
+/// A filter of names: NULL and the empty one let everything pass.
+pub fn filter(
+    argument: &'static str,
+    value: Option<Vec<Option<String>>>,
+) -> Result<Option<Vec<String>>, Error> {
+    let names = value
+        .unwrap_or_default()
+        .into_iter()
+        .map(|name| {
+            let name = name.ok_or_else(|| Error::InvalidParameter {
+                message: format!("{argument} must not contain null"),
+                detail: None,
+                hint: None,
+            })?;
+            not_empty(argument, &name)?;
+            Ok(name)
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    Ok(Some(names).filter(|names| !names.is_empty()))
+}

@@ -1,0 +1,146 @@
+//! The events that a push is given: their JSON form, checked key by key before anything is locked.
+
+use pgrx::Uuid;
+
+use super::unique::Operation;
+use crate::argument;
+use crate::error::Error;
+use crate::jsonb::{Element, Jsonb, Value};
+use crate::position::MAX_EVENTS_PER_PUSH;
+
+pub struct NewEvent<'a> {
+    pub aggregate_type: &'a str,
+    pub aggregate_id: &'a str,
+    pub event_type: &'a str,
+    pub payload: Option<Jsonb<'a>>,
+    pub metadata: Option<Jsonb<'a>>,
+    pub expected_sequence: Option<i64>,
+    pub event_id: Option<Uuid>,
+    pub unique: Vec<Operation>,
+}
+
+/// The events of the array, in order.
+pub fn parse(events: Jsonb<'_>) -> Result<Vec<NewEvent<'_>>, Error> {
+    let Value::Array(events) = events.value() else {
+        return Err(Error::invalid("events must be a JSON array of objects"));
+    };
+    match events.len() {
+        0 => Err(Error::invalid("events must not be an empty array")),
+        given if given > MAX_EVENTS_PER_PUSH => Err(Error::TooManyEvents {
+            given,
+            limit: MAX_EVENTS_PER_PUSH,
+        }),
+        _ => events
+            .iter()
+            .enumerate()
+            .map(|(index, (_, element))| parse_event(index, element))
+            .collect(),
+    }
+}
+
+fn parse_event(index: usize, element: Element<'_>) -> Result<NewEvent<'_>, Error> {
+    let Value::Object(object) = element.value() else {
+        return Err(Error::invalid(format!(
+            "event {index} must be a JSON object"
+        )));
+    };
+    let mut aggregate_type = None;
+    let mut aggregate_id = None;
+    let mut event_type = None;
+    let mut event = NewEvent {
+        aggregate_type: "",
+        aggregate_id: "",
+        event_type: "",
+        payload: None,
+        metadata: None,
+        expected_sequence: None,
+        event_id: None,
+        unique: Vec::new(),
+    };
+    for (key, element) in object.iter() {
+        let at = Key {
+            index,
+            key: key.unwrap_or_default(),
+        };
+        match at.key {
+            "aggregate_type" => aggregate_type = Some(at.name(element)?),
+            "aggregate_id" => aggregate_id = Some(at.name(element)?),
+            "event_type" => event_type = Some(at.name(element)?),
+            "payload" => event.payload = Some(element.to_jsonb()),
+            "metadata" => event.metadata = Some(element.to_jsonb()),
+            "expected_sequence" => event.expected_sequence = Some(at.sequence(element)?),
+            "event_id" => event.event_id = Some(at.uuid(element)?),
+            "unique" => event.unique = at.operations(element)?,
+            _ => return Err(at.invalid("is not a key of an event")),
+        }
+    }
+    let required =
+        |key, value: Option<_>| value.ok_or_else(|| Key { index, key }.invalid("is missing"));
+    Ok(NewEvent {
+        aggregate_type: required("aggregate_type", aggregate_type)?,
+        aggregate_id: required("aggregate_id", aggregate_id)?,
+        event_type: required("event_type", event_type)?,
+        ..event
+    })
+}
+
+pub fn not_below_zero(what: &str, value: i64) -> Result<i64, Error> {
+    if value < 0 {
+        return Err(Error::invalid(format!(
+            "{what} must not be negative: {value}"
+        )));
+    }
+    Ok(value)
+}
+
+/// Where a value stands, for the messages.
+struct Key<'k> {
+    index: usize,
+    key: &'k str,
+}
+
+impl Key<'_> {
+    fn invalid(&self, problem: &str) -> Error {
+        Error::invalid(format!("{} {problem}", self.path()))
+    }
+
+    fn path(&self) -> String {
+        format!("event {}: key \"{}\"", self.index, self.key)
+    }
+
+    fn name<'a>(&self, element: Element<'a>) -> Result<&'a str, Error> {
+        let Value::String(name) = element.value() else {
+            return Err(self.invalid("must be a string"));
+        };
+        argument::not_empty(&self.path(), name)?;
+        Ok(name)
+    }
+
+    fn sequence(&self, element: Element<'_>) -> Result<i64, Error> {
+        match element.value() {
+            Value::Number(number) => number.parse().ok(),
+            _ => None,
+        }
+        .ok_or_else(|| self.invalid("must be a whole number; leave it out to expect nothing"))
+        .and_then(|sequence| not_below_zero(&self.path(), sequence))
+    }
+
+    fn uuid(&self, element: Element<'_>) -> Result<Uuid, Error> {
+        match element.value() {
+            Value::String(text) => uuid::Uuid::try_parse(text).ok(),
+            _ => None,
+        }
+        .map(|uuid| Uuid::from_bytes(uuid.into_bytes()))
+        .ok_or_else(|| self.invalid("must be a uuid; leave it out if there is none"))
+    }
+
+    fn operations(&self, element: Element<'_>) -> Result<Vec<Operation>, Error> {
+        let operations: Vec<Operation> = serde_json::from_str(&element.to_text())
+            .map_err(|error| self.invalid(&format!("is malformed: {error}")))?;
+        for operation in &operations {
+            argument::not_empty(&format!("{}: scope", self.path()), &operation.scope)?;
+            argument::within_limit(&format!("{}: value", self.path()), &operation.value)?;
+        }
+        Ok(operations)
+    }
+}

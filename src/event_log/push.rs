@@ -1,0 +1,296 @@
+//! The writer's side of the protocol. The order of the steps is the guarantee:
+//!
+//! 1. validate everything: an error found here has locked nothing;
+//! 2. AGGREGATE and UNIQUE_KEY locks, in one sorted order: two pushes that need the same ones cannot deadlock;
+//! 3. read the aggregates' sequences with a snapshot taken after the locks: one from before would not show what the locks'
+//!    last holder committed, and the push would take a sequence that is taken;
+//! 4. event ids, expected sequences, unique keys;
+//! 5. WRITER_START and WRITER: whatever can wait for another transaction is done, so a push never waits while readers may be
+//!    waiting for it;
+//! 6. the ticket, drawn under WRITER, so that no reader's cut can be at or above it without the reader seeing the writer;
+//! 7. insert.
+//!
+//! Event ids come before expected sequences, so that a push repeated because the answer to its COMMIT was lost is told 23505
+//! and not LS001, whatever it expects.
+
+use pgrx::Uuid;
+use pgrx::datum::TimestampWithTimeZone;
+use std::collections::{HashMap, HashSet};
+
+use super::input::NewEvent;
+use super::unique;
+use crate::error::Error;
+use crate::guc;
+use crate::lock::{self, Mode, Tag};
+use crate::position::Position;
+use crate::sequence;
+use crate::snapshot::{self, At};
+use crate::spi::{Arg, Plan, Spi};
+
+pub struct Pushed {
+    pub position: Position,
+    pub sequence: i64,
+    pub created_at: TimestampWithTimeZone,
+}
+
+/// The aggregates of a push, each once, and which of them each event belongs to.
+struct Aggregates<'a> {
+    names: Vec<(&'a str, &'a str)>,
+    of_event: Vec<usize>,
+}
+
+/// What the log holds before the push.
+struct Before {
+    /// The last sequence of each aggregate of the push; 0 if it is new.
+    sequences: Vec<i64>,
+    /// The last ticket of the tenant.
+    head: i64,
+}
+
+/// Pushes the events and returns where each went, in order.
+pub fn push(
+    function: &'static str,
+    tenant: &str,
+    events: &[NewEvent],
+) -> Result<impl Iterator<Item = Pushed> + use<>, Error> {
+    snapshot::require_read_write(function)?;
+    let aggregates = Aggregates::of(events);
+    lock::acquire_sorted(tags(tenant, events, &aggregates)?);
+
+    let spi = Spi::connect();
+    let before = read_before(&spi, tenant, &aggregates)?;
+    refuse_known_event_ids(&spi, tenant, events)?;
+    let sequences = assign_sequences(events, &aggregates, before.sequences)?;
+    let unique_keys = unique::plan(&spi, tenant, events)?;
+
+    lock_writer(tenant);
+    let ticket = sequence::TICKET.next();
+    if ticket <= before.head {
+        return Err(Error::TicketBehindLog {
+            ticket,
+            head: before.head,
+            tenant: tenant.to_owned(),
+        });
+    }
+    let created_at = pgrx::datum::clock_timestamp();
+    unique_keys.apply(&spi, tenant, |event| Position::new(ticket, event))?;
+    insert(&spi, tenant, ticket, created_at, events, &sequences);
+
+    Ok(sequences
+        .into_iter()
+        .enumerate()
+        .map(move |(index, sequence)| Pushed {
+            position: Position::new(ticket, index),
+            sequence,
+            created_at,
+        }))
+}
+
+impl<'a> Aggregates<'a> {
+    fn of(events: &[NewEvent<'a>]) -> Self {
+        let mut names = Vec::new();
+        let mut known = HashMap::new();
+        let of_event = events
+            .iter()
+            .map(|event| {
+                let name = (event.aggregate_type, event.aggregate_id);
+                *known.entry(name).or_insert_with(|| {
+                    names.push(name);
+                    names.len() - 1
+                })
+            })
+            .collect();
+        Aggregates { names, of_event }
+    }
+}
+
+/// The locks of the push, each once.
+fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<HashSet<Tag>, Error> {
+    let names = aggregates.names.iter();
+    let mut tags: HashSet<Tag> = names
+        .map(|(aggregate_type, aggregate_id)| Tag::aggregate(tenant, aggregate_type, aggregate_id))
+        .collect();
+    for event in events {
+        let operations = event.unique.iter();
+        tags.extend(operations.flat_map(|operation| operation.tags(tenant)));
+        tags.extend(
+            event
+                .event_id
+                .map(|id| Tag::event_id(tenant, id.as_bytes())),
+        );
+    }
+    let limit = guc::MAX_AGGREGATES_PER_PUSH.get() as usize;
+    if tags.len() > limit {
+        return Err(Error::TooManyKeys {
+            given: tags.len(),
+            limit,
+        });
+    }
+    Ok(tags)
+}
+
+/// Under a transaction snapshot the push must not build on what that snapshot does not show: it compares the two.
+fn read_before(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Before, Error> {
+    let latest = read_before_at(spi, At::Latest, tenant, aggregates);
+    if snapshot::is_transaction_snapshot() {
+        let seen = read_before_at(spi, At::Statement, tenant, aggregates);
+        let moved = (0..aggregates.names.len())
+            .find(|&index| seen.sequences[index] != latest.sequences[index]);
+        if let Some(index) = moved {
+            let (aggregate_type, aggregate_id) = aggregates.names[index];
+            return Err(Error::SerializationFailure(format!(
+                "Aggregate \"{aggregate_type}/{aggregate_id}\" is at sequence {}, in the transaction's snapshot at {}.",
+                latest.sequences[index], seen.sequences[index]
+            )));
+        }
+    }
+    Ok(latest)
+}
+
+fn read_before_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> Before {
+    static ONE: Plan = Plan::new(
+        "SELECT (SELECT e.sequence FROM lockstep.events AS e
+                 WHERE e.tenant = $1 AND e.aggregate_type = $2 AND e.aggregate_id = $3
+                 ORDER BY e.sequence DESC LIMIT 1),
+                (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
+                 WHERE e.tenant = $1 ORDER BY e.position DESC LIMIT 1)",
+    );
+    static MANY: Plan = Plan::new(
+        "SELECT (SELECT e.sequence FROM lockstep.events AS e
+                 WHERE e.tenant = $1 AND e.aggregate_type = a.aggregate_type AND e.aggregate_id = a.aggregate_id
+                 ORDER BY e.sequence DESC LIMIT 1),
+                (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
+                 WHERE e.tenant = $1 ORDER BY e.position DESC LIMIT 1)
+         FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
+    );
+    let rows = if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
+        let args = [
+            Arg::from(tenant),
+            Arg::from(aggregate_type),
+            Arg::from(aggregate_id),
+        ];
+        spi.read(&ONE, at, &args)
+    } else {
+        let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
+        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
+        spi.read(&MANY, at, &args)
+    };
+    Before {
+        sequences: (0..aggregates.names.len())
+            .map(|row| rows.get(row, 1).unwrap_or(0))
+            .collect(),
+        head: rows.get(0, 2).unwrap_or(0),
+    }
+}
+
+/// The events' ids are locked, so one that is not in the log now will not be there before this transaction ends.
+fn refuse_known_event_ids(spi: &Spi, tenant: &str, events: &[NewEvent]) -> Result<(), Error> {
+    static KNOWN: Plan = Plan::new(
+        "SELECT e.event_id FROM lockstep.events AS e
+         WHERE e.tenant = $1 AND e.event_id = ANY ($2) AND e.event_id IS NOT NULL LIMIT 1",
+    );
+    let ids: Vec<Uuid> = events.iter().filter_map(|event| event.event_id).collect();
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let mut seen = HashSet::new();
+    let repeated = ids.iter().copied().find(|id| !seen.insert(*id.as_bytes()));
+    let known = repeated.or_else(|| {
+        spi.read(&KNOWN, At::Latest, &[Arg::from(tenant), Arg::from(ids)])
+            .get(0, 1)
+    });
+    known.map_or(Ok(()), |id| {
+        Err(Error::UniqueViolation {
+            constraint: "events_tenant_event_id_key",
+            key: format!("(tenant, event_id)=({tenant}, {id})"),
+        })
+    })
+}
+
+/// Gives each event the next sequence of its aggregate.
+fn assign_sequences(
+    events: &[NewEvent],
+    aggregates: &Aggregates,
+    mut last: Vec<i64>,
+) -> Result<Vec<i64>, Error> {
+    events
+        .iter()
+        .zip(&aggregates.of_event)
+        .map(|(event, &aggregate)| {
+            let actual = last[aggregate];
+            if let Some(expected) = event.expected_sequence
+                && expected != actual
+            {
+                return Err(Error::SequenceConflict {
+                    aggregate_type: event.aggregate_type.to_owned(),
+                    aggregate_id: event.aggregate_id.to_owned(),
+                    actual,
+                    expected,
+                });
+            }
+            last[aggregate] += 1;
+            Ok(last[aggregate])
+        })
+        .collect()
+}
+
+/// Once per transaction and tenant: a second push is covered by the start of the first.
+fn lock_writer(tenant: &str) {
+    let writer = Tag::writer(tenant);
+    if !writer.is_held(Mode::Shared) {
+        Tag::writer_start(tenant, sequence::TICKET.value()).acquire(Mode::Shared);
+        writer.acquire(Mode::Shared);
+    }
+}
+
+fn insert(
+    spi: &Spi,
+    tenant: &str,
+    ticket: i64,
+    created_at: TimestampWithTimeZone,
+    events: &[NewEvent],
+    sequences: &[i64],
+) {
+    static ONE: Plan = Plan::new(
+        "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
+                                      event_type, event_id, payload, metadata)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+    );
+    static MANY: Plan = Plan::new(
+        "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
+                                      event_type, event_id, payload, metadata)
+         SELECT $1, $2, e.* FROM unnest($3::numeric[], $4::text[], $5::text[], $6::bigint[],
+                                        $7::text[], $8::uuid[], $9::jsonb[], $10::jsonb[]) AS e",
+    );
+    if let [event] = events {
+        let args = [
+            Arg::from(tenant),
+            Arg::from(created_at),
+            Arg::from(Position::new(ticket, 0)),
+            Arg::from(event.aggregate_type),
+            Arg::from(event.aggregate_id),
+            Arg::from(sequences[0]),
+            Arg::from(event.event_type),
+            Arg::from(event.event_id),
+            Arg::from(event.payload),
+            Arg::from(event.metadata),
+        ];
+        spi.write(&ONE, &args);
+    } else {
+        let positions = (0..events.len()).map(|index| Position::new(ticket, index));
+        let events = events.iter();
+        let args = [
+            Arg::from(tenant),
+            Arg::from(created_at),
+            Arg::from(positions.collect::<Vec<_>>()),
+            Arg::from(events.clone().map(|e| e.aggregate_type).collect::<Vec<_>>()),
+            Arg::from(events.clone().map(|e| e.aggregate_id).collect::<Vec<_>>()),
+            Arg::from(sequences.to_vec()),
+            Arg::from(events.clone().map(|e| e.event_type).collect::<Vec<_>>()),
+            Arg::from(events.clone().map(|e| e.event_id).collect::<Vec<_>>()),
+            Arg::from(events.clone().map(|e| e.payload).collect::<Vec<_>>()),
+            Arg::from(events.map(|e| e.metadata).collect::<Vec<_>>()),
+        ];
+        spi.write(&MANY, &args);
+    }
+}

@@ -1,0 +1,65 @@
+//! The reader's side of the protocol: up to which position every event that will ever be committed is visible to a snapshot
+//! taken after this returns. See `lock.rs` for what each step prevents.
+
+use crate::error::Error;
+use crate::lock::{self, Locks};
+use crate::position::Position;
+use crate::sequence;
+use crate::snapshot;
+
+/// Cut, then wait. The caller reads with a snapshot taken after this.
+pub fn barrier(tenant: &str) -> Position {
+    let cut = sequence::TICKET.value();
+    lock::wait_for_writers(tenant);
+    Position::last_of(cut)
+}
+
+/// Cut, then the least start of a push in flight; for any number of tenants. The caller reads with a snapshot taken after this.
+pub struct Horizons {
+    cut: i64,
+    locks: Locks,
+    ceiling: i64,
+}
+
+impl Horizons {
+    pub fn now() -> Self {
+        let cut = sequence::TICKET.value();
+        let locks = Locks::now();
+        let ceiling = sequence::TICKET.value();
+        Horizons {
+            cut,
+            locks,
+            ceiling,
+        }
+    }
+
+    pub fn of(&self, tenant: &str) -> Position {
+        let start = self.locks.least_writer_start(tenant, self.ceiling);
+        Position::last_of(start.map_or(self.cut, |start| start.clamp(0, self.cut)))
+    }
+
+    pub fn locks(&self) -> &Locks {
+        &self.locks
+    }
+}
+
+/// The barrier where it is asked for and possible, else the horizon.
+pub fn settle(tenant: &str, wait: bool) -> Position {
+    if wait && !this_transaction_pushed() {
+        barrier(tenant)
+    } else {
+        Horizons::now().of(tenant)
+    }
+}
+
+/// Two transactions that hold WRITER and wait for writers would wait for each other.
+pub fn refuse_after_push(what: &'static str) -> Result<(), Error> {
+    if this_transaction_pushed() {
+        return Err(Error::WaitsAfterPush(what));
+    }
+    Ok(())
+}
+
+fn this_transaction_pushed() -> bool {
+    snapshot::has_transaction_id() && Locks::now().this_transaction_pushed()
+}

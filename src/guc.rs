@@ -1,0 +1,30 @@
+//! The settings. Their names begin with `lockstep.`; each can be set without the library being preloaded.
+
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+
+pub static MAX_AGGREGATES_PER_PUSH: GucSetting<i32> = GucSetting::<i32>::new(1000);
+pub static CLAIM_SCAN_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(100_000);
+
+pub fn register() {
+    // A superuser's setting: each of them is a place in the lock table, which all sessions share.
+    GucRegistry::define_int_guc(
+        c"lockstep.max_aggregates_per_push",
+        c"Limits the aggregates, unique keys and event ids in one push.",
+        c"Each of them is a lock until the transaction ends; see max_locks_per_transaction.",
+        &MAX_AGGREGATES_PER_PUSH,
+        1,
+        1_000_000,
+        GucContext::Suset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"lockstep.claim_scan_limit",
+        c"Limits the events that one projection_claim reads to find those that match the projection's filter.",
+        c"A claim that reaches it moves the cursor and says that there is more.",
+        &CLAIM_SCAN_LIMIT,
+        1,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+}

@@ -1,0 +1,218 @@
+//! What a projection is: creating, changing, giving away and dropping it.
+//!
+//! These functions must know their caller and so run with the caller's rights (see `rights.rs`); each SQL statement here is
+//! schema-qualified and runs as the extension's owner. Whether the caller may is decided before any lock is requested, so that
+//! a stranger cannot hold up claims.
+
+use pgrx::datum::Interval;
+
+use crate::argument;
+use crate::error::Error;
+use crate::event_log::Filter;
+use crate::event_log::settle::{self, Horizons};
+use crate::lock::{Mode, Tag};
+use crate::position::Position;
+use crate::rights::{self, Procedure, Role};
+use crate::snapshot::{self, At};
+use crate::spi::{Arg, Plan, Spi};
+
+pub struct NewProjection<'a> {
+    pub name: &'a str,
+    pub filter: Filter,
+    pub handler: Option<String>,
+    pub batch_size: i32,
+    pub max_failures: i32,
+    pub retry_after: Interval,
+    /// None: after what each tenant has settled now.
+    pub start_after: Option<Position>,
+}
+
+/// What to change; None keeps. In the filters and the handler, Some(None) clears.
+pub struct Changes {
+    pub aggregate_types: Option<Option<Vec<String>>>,
+    pub event_types: Option<Option<Vec<String>>>,
+    pub handler: Option<Option<String>>,
+    pub batch_size: Option<i32>,
+    pub max_failures: Option<i32>,
+    pub retry_after: Option<Interval>,
+}
+
+pub fn filter_change(
+    argument: &'static str,
+    value: Option<Vec<Option<String>>>,
+) -> Result<Option<Option<Vec<String>>>, Error> {
+    match value {
+        None => Ok(None),
+        given => Ok(Some(argument::filter(argument, given)?)),
+    }
+}
+
+/// The handler as it is stored: schema-qualified, with its argument types.
+pub fn handler_name(handler: Option<Procedure>) -> Result<Option<String>, Error> {
+    let Some(handler) = handler.filter(|handler| !handler.is_none()) else {
+        return Ok(None);
+    };
+    let name = handler.qualified_name();
+    match handler.argument_types().as_slice() {
+        [one] if one == "lockstep.events" || one == "lockstep.events[]" => Ok(Some(name)),
+        types => Err(Error::InvalidParameter {
+            message: format!("handler {name} does not take an event"),
+            detail: Some(format!("It takes ({}).", types.join(", "))),
+            hint: Some(
+                "A handler takes one argument, of type lockstep.events or lockstep.events[].",
+            ),
+        }),
+    }
+}
+
+pub fn create(new: &NewProjection, if_not_exists: bool) -> Result<bool, Error> {
+    snapshot::require_read_write("projection_create")?;
+    let owner = rights::role_name(rights::caller()).unwrap_or_default();
+    let created = rights::as_extension_owner(|| insert(new, &owner));
+    if !created && !if_not_exists {
+        return Err(Error::DuplicateProjection(new.name.to_owned()));
+    }
+    Ok(created)
+}
+
+fn insert(new: &NewProjection, owner: &str) -> bool {
+    static INSERT: Plan = Plan::new(
+        "INSERT INTO lockstep.projections (name, owner, aggregate_types, event_types, handler, batch_size, max_failures,
+                                           retry_after, start_after, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, pg_catalog.clock_timestamp())
+         ON CONFLICT (name) DO NOTHING",
+    );
+    let spi = Spi::connect();
+    let args = [
+        Arg::from(new.name),
+        Arg::from(owner),
+        Arg::from(new.filter.aggregate_types.clone()),
+        Arg::from(new.filter.event_types.clone()),
+        Arg::from(new.handler.as_deref()),
+        Arg::from(new.batch_size),
+        Arg::from(new.max_failures),
+        Arg::from(new.retry_after),
+        Arg::from(new.start_after.unwrap_or(Position::ZERO)),
+    ];
+    let created = spi.write(&INSERT, &args).count() == 1;
+    if created && new.start_after.is_none() {
+        start_at_horizons(&spi, new.name);
+    }
+    created
+}
+
+/// Puts a cursor at what each tenant has settled now. Events that are visible but not settled come later, as any others.
+fn start_at_horizons(spi: &Spi, name: &str) {
+    static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
+    static INSERT: Plan = Plan::new(
+        "INSERT INTO lockstep.projection_cursors (projection, tenant, position, advanced_at)
+         SELECT $1, t.tenant, settled.position, pg_catalog.clock_timestamp()
+         FROM unnest($2::text[], $3::numeric[]) AS t (tenant, horizon)
+         CROSS JOIN LATERAL (SELECT e.position FROM lockstep.events AS e
+                             WHERE e.tenant = t.tenant AND e.position <= t.horizon
+                             ORDER BY e.position DESC LIMIT 1) AS settled",
+    );
+    let horizons = Horizons::now();
+    let rows = spi.read(&TENANTS, At::Latest, &[]);
+    let tenants: Vec<String> = (0..rows.count())
+        .filter_map(|row| rows.get(row, 1))
+        .collect();
+    let positions: Vec<Position> = tenants.iter().map(|tenant| horizons.of(tenant)).collect();
+    let args = [Arg::from(name), Arg::from(tenants), Arg::from(positions)];
+    spi.write(&INSERT, &args);
+}
+
+pub fn alter(name: &str, changes: Changes) -> Result<(), Error> {
+    static UPDATE: Plan = Plan::new(
+        "UPDATE lockstep.projections
+         SET aggregate_types = CASE WHEN $2 THEN $3 ELSE aggregate_types END,
+             event_types = CASE WHEN $4 THEN $5 ELSE event_types END,
+             handler = CASE WHEN $6 THEN $7 ELSE handler END,
+             batch_size = COALESCE($8, batch_size),
+             max_failures = COALESCE($9, max_failures),
+             retry_after = COALESCE($10, retry_after)
+         WHERE name = $1",
+    );
+    let args = [
+        Arg::from(name),
+        Arg::from(changes.aggregate_types.is_some()),
+        Arg::from(changes.aggregate_types.flatten()),
+        Arg::from(changes.event_types.is_some()),
+        Arg::from(changes.event_types.flatten()),
+        Arg::from(changes.handler.is_some()),
+        Arg::from(changes.handler.flatten()),
+        Arg::from(changes.batch_size),
+        Arg::from(changes.max_failures),
+        Arg::from(changes.retry_after),
+    ];
+    exclusively("projection_alter", name, || {
+        Spi::connect().write(&UPDATE, &args).count()
+    })
+}
+
+pub fn drop(name: &str) -> Result<(), Error> {
+    static CURSORS: Plan =
+        Plan::new("DELETE FROM lockstep.projection_cursors WHERE projection = $1");
+    static DEFINITION: Plan = Plan::new("DELETE FROM lockstep.projections WHERE name = $1");
+    exclusively("projection_drop", name, || {
+        let spi = Spi::connect();
+        spi.write(&CURSORS, &[Arg::from(name)]);
+        spi.write(&DEFINITION, &[Arg::from(name)]).count()
+    })
+}
+
+/// Runs `body`, which says how many definitions it changed, while no claim of the projection is running in any tenant.
+fn exclusively(
+    function: &'static str,
+    name: &str,
+    body: impl FnOnce() -> usize,
+) -> Result<(), Error> {
+    snapshot::require_read_write(function)?;
+    require_owner(name)?;
+    settle::refuse_after_push(function)?;
+    Tag::projection_all(name).acquire(Mode::Exclusive);
+    // Dropped, or given to another role, while this waited.
+    require_owner(name)?;
+    match rights::as_extension_owner(body) {
+        0 => Err(Error::SerializationFailure(format!(
+            "Projection \"{name}\" was changed after the transaction's snapshot."
+        ))),
+        _ => Ok(()),
+    }
+}
+
+pub fn set_owner(name: &str, owner: Role) -> Result<(), Error> {
+    static UPDATE: Plan = Plan::new("UPDATE lockstep.projections SET owner = $2 WHERE name = $1");
+    snapshot::require_read_write("projection_owner")?;
+    require_owner(name)?;
+    let new_owner = rights::role_name(owner.0)
+        .ok_or_else(|| Error::invalid(format!("owner {} is not a role", owner.0.to_u32())))?;
+    require_member(name, &new_owner)?;
+    rights::as_extension_owner(|| {
+        Spi::connect()
+            .write(&UPDATE, &[Arg::from(name), Arg::from(new_owner)])
+            .count();
+    });
+    Ok(())
+}
+
+fn require_owner(name: &str) -> Result<(), Error> {
+    static OWNER: Plan = Plan::new("SELECT owner FROM lockstep.projections WHERE name = $1");
+    let owner: Option<String> = rights::as_extension_owner(|| {
+        Spi::connect()
+            .read(&OWNER, At::Latest, &[Arg::from(name)])
+            .get(0, 1)
+    });
+    let owner = owner.ok_or_else(|| Error::UndefinedProjection(name.to_owned()))?;
+    require_member(name, &owner)
+}
+
+fn require_member(name: &str, owner: &str) -> Result<(), Error> {
+    if rights::may_act_for(rights::caller(), owner) {
+        return Ok(());
+    }
+    Err(Error::NotOwner {
+        projection: name.to_owned(),
+        owner: owner.to_owned(),
+    })
+}

@@ -1,0 +1,298 @@
+//! SQL from Rust: plans that a backend keeps, run inside an SPI connection that closes itself, reading and writing told apart.
+//!
+//! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
+//! It is always generic, and planned with sequential scans, bitmap scans and sorts off: each statement here walks an index in
+//! the index's own order, and a plan made while the table was small must not still scan it when it is large.
+
+use once_cell::sync::OnceCell;
+use pgrx::callconv::{BoxRet, FcInfo};
+use pgrx::datum::{Datum, DatumWithOid, FromDatum};
+use pgrx::pg_sys;
+use pgrx::pgrx_sql_entity_graph::metadata::{
+    ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
+};
+use std::ffi::{CString, c_char};
+use std::ptr::NonNull;
+
+use crate::position::Position;
+use crate::snapshot::At;
+
+/// An argument of a statement, with its type.
+pub type Arg<'a> = DatumWithOid<'a>;
+
+/// An open SPI connection.
+pub struct Spi(());
+
+impl Spi {
+    pub fn connect() -> Self {
+        // SAFETY: called inside a transaction; paired with SPI_finish in drop.
+        unsafe { pg_sys::SPI_connect() };
+        Spi(())
+    }
+
+    /// Runs a SELECT. Assigns no transaction id.
+    pub fn read(&self, plan: &Plan, at: At, args: &[Arg]) -> Rows<'_> {
+        self.execute(plan, Some(at), args)
+    }
+
+    /// Runs a statement that writes; in READ COMMITTED with a snapshot taken now.
+    pub fn write(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
+        self.execute(plan, None, args)
+    }
+
+    /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
+    fn execute(&self, plan: &Plan, at: Option<At>, args: &[Arg]) -> Rows<'_> {
+        let plan = plan.get(args);
+        let mut values: Vec<pg_sys::Datum> = args
+            .iter()
+            .map(|arg| {
+                arg.datum()
+                    .map_or(pg_sys::Datum::null(), Datum::sans_lifetime)
+            })
+            .collect();
+        let nulls: Vec<c_char> = args
+            .iter()
+            .map(|arg| if arg.datum().is_none() { b'n' } else { b' ' } as c_char)
+            .collect();
+        // SAFETY: values and nulls have one entry a parameter of the plan and outlive the call; SPI leaves the result in
+        // SPI_tuptable until SPI_finish, which the lifetime of Rows ends before.
+        unsafe {
+            let planner = plan.needs_planning().then(PlannerSettings::by_index);
+            pg_sys::SPI_execute_snapshot(
+                plan.0.as_ptr(),
+                values.as_mut_ptr(),
+                nulls.as_ptr(),
+                at.map_or(std::ptr::null_mut(), At::take),
+                std::ptr::null_mut(),
+                at.is_some(),
+                true,
+                0,
+            );
+            drop(planner);
+            Rows {
+                table: NonNull::new(pg_sys::SPI_tuptable),
+                processed: pg_sys::SPI_processed as usize,
+                _connection: self,
+            }
+        }
+    }
+}
+
+impl Drop for Spi {
+    fn drop(&mut self) {
+        // While an error unwinds, PostgreSQL's own abort closes the connection.
+        if !std::thread::panicking() {
+            // SAFETY: closes the connection that `connect` opened; connections nest as Rust scopes do.
+            unsafe { pg_sys::SPI_finish() };
+        }
+    }
+}
+
+/// The result of one statement.
+pub struct Rows<'spi> {
+    table: Option<NonNull<pg_sys::SPITupleTable>>,
+    processed: usize,
+    _connection: &'spi Spi,
+}
+
+impl Rows<'_> {
+    /// The number of rows returned, or changed.
+    pub fn count(&self) -> usize {
+        self.processed
+    }
+
+    /// Column `column` (from 1) of row `row` (from 0), copied; None for NULL and for a row that is not there.
+    pub fn get<T: FromDatum>(&self, row: usize, column: usize) -> Option<T> {
+        let (tuple, descriptor) = self.tuple(row)?;
+        let mut is_null = false;
+        // SAFETY: the tuple and its descriptor belong to the connection; T's datums are copied by FromDatum or by the
+        // caller before the connection ends.
+        unsafe {
+            let datum = pg_sys::SPI_getbinval(tuple, descriptor, column as i32, &mut is_null);
+            T::from_polymorphic_datum(datum, is_null, pg_sys::InvalidOid)
+        }
+    }
+
+    fn tuple(&self, row: usize) -> Option<(pg_sys::HeapTuple, pg_sys::TupleDesc)> {
+        let table = self.table.filter(|_| row < self.processed)?;
+        // SAFETY: the table holds `processed` tuples.
+        unsafe { Some((*(*table.as_ptr()).vals.add(row), (*table.as_ptr()).tupdesc)) }
+    }
+}
+
+/// A statement with its text, prepared at first use.
+pub struct Plan {
+    sql: &'static str,
+    kept: OnceCell<Kept>,
+}
+
+#[derive(Clone, Copy)]
+struct Kept(NonNull<pg_sys::_SPI_plan>);
+
+// SAFETY: a backend has one thread that runs PostgreSQL code.
+unsafe impl Send for Kept {}
+// SAFETY: as above.
+unsafe impl Sync for Kept {}
+
+impl Plan {
+    pub const fn new(sql: &'static str) -> Self {
+        Plan {
+            sql,
+            kept: OnceCell::new(),
+        }
+    }
+
+    /// The kept plan; its parameters have the types of the arguments of the first call.
+    fn get(&self, args: &[Arg]) -> Kept {
+        *self.kept.get_or_init(|| {
+            let sql = CString::new(self.sql).unwrap_or_default();
+            let mut types: Vec<pg_sys::Oid> = args.iter().map(DatumWithOid::oid).collect();
+            // SAFETY: an SPI connection is open; SPI_prepare raises what is wrong with the text. SPI_keepplan moves the
+            // plan to memory that lives as long as the backend.
+            unsafe {
+                let plan = pg_sys::SPI_prepare_cursor(
+                    sql.as_ptr(),
+                    types.len() as i32,
+                    types.as_mut_ptr(),
+                    pg_sys::CURSOR_OPT_GENERIC_PLAN as i32,
+                );
+                pg_sys::SPI_keepplan(plan);
+                Kept(NonNull::new_unchecked(plan))
+            }
+        })
+    }
+}
+
+impl Kept {
+    /// Whether the next execution will call the planner.
+    fn needs_planning(self) -> bool {
+        // SAFETY: a kept plan has one source; its generic plan, once made, lives until it is replaced.
+        unsafe {
+            let sources = pg_sys::SPI_plan_get_plan_sources(self.0.as_ptr());
+            let source = pg_sys::list_nth(sources, 0).cast::<pg_sys::CachedPlanSource>();
+            let plan = (*source).gplan;
+            !(*source).is_valid || plan.is_null() || !(*plan).is_valid
+        }
+    }
+}
+
+/// Planner settings in force until dropped.
+struct PlannerSettings(i32);
+
+impl PlannerSettings {
+    fn by_index() -> Self {
+        // SAFETY: a nest level of settings as a function's SET clause makes it; the names are PostgreSQL's own.
+        unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            for name in [c"enable_seqscan", c"enable_bitmapscan", c"enable_sort"] {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    c"off".as_ptr(),
+                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+            PlannerSettings(level)
+        }
+    }
+}
+
+impl Drop for PlannerSettings {
+    fn drop(&mut self) {
+        // While an error unwinds, the transaction's or subtransaction's abort restores the settings.
+        if !std::thread::panicking() {
+            // SAFETY: ends the nest level that `by_index` began.
+            unsafe { pg_sys::AtEOXact_GUC(true, self.0) };
+        }
+    }
+}
+
+/// What a function that returns `SETOF lockstep.events` hands back: rows of a statement that selects the table's columns in
+/// their order, moved into a tuplestore without being taken apart.
+pub struct Events {
+    table: Option<NonNull<pg_sys::SPITupleTable>>,
+    count: usize,
+    connection: Spi,
+}
+
+impl Events {
+    pub fn none() -> Self {
+        Events {
+            table: None,
+            count: 0,
+            connection: Spi::connect(),
+        }
+    }
+
+    /// The rows that the statement returns.
+    pub fn read(connection: Spi, plan: &Plan, at: At, args: &[Arg]) -> Self {
+        let rows = connection.read(plan, at, args);
+        let (table, count) = (rows.table, rows.processed);
+        Events {
+            table,
+            count,
+            connection,
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Keeps the first `count` rows.
+    pub fn truncate(&mut self, count: usize) {
+        self.count = self.count.min(count);
+    }
+
+    /// The last event's position.
+    pub fn last_position(&self) -> Option<Position> {
+        let last = self.count.checked_sub(1)?;
+        self.rows().get(last, Self::POSITION)
+    }
+
+    /// The column `position` of lockstep.events.
+    const POSITION: usize = 2;
+
+    fn rows(&self) -> Rows<'_> {
+        Rows {
+            table: self.table,
+            processed: self.count,
+            _connection: &self.connection,
+        }
+    }
+}
+
+// SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
+unsafe impl BoxRet for Events {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        // SAFETY: fcinfo is that of a set-returning function; InitMaterializedSRF raises where the caller cannot take a set.
+        unsafe {
+            let raw = fcinfo.as_mut_ptr();
+            pg_sys::InitMaterializedSRF(raw, 0);
+            let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            let rows = self.rows();
+            for row in 0..self.count {
+                if let Some((tuple, _)) = rows.tuple(row) {
+                    pg_sys::tuplestore_puttuple((*result).setResult, tuple);
+                }
+            }
+        }
+        fcinfo.return_null()
+    }
+}
+
+// SAFETY: the SQL type of what box_into returns.
+unsafe impl SqlTranslatable for Events {
+    fn argument_sql() -> Result<SqlMapping, ArgumentError> {
+        Err(ArgumentError::NotValidAsArgument("Events"))
+    }
+
+    fn return_sql() -> Result<Returns, ReturnsError> {
+        // pgrx takes only its own iterators for sets; the text is all it needs of this one.
+        Ok(Returns::One(SqlMapping::literal("SETOF lockstep.events")))
+    }
+}
