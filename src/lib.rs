@@ -24,9 +24,59 @@ extension_sql_file!(
     name = "projection",
     requires = ["event_log"]
 );
+extension_sql_file!(
+    "../sql/comments.sql",
+    name = "comments",
+    requires = [
+        "projection",
+        event_log::push_events,
+        event_log::push_event,
+        event_log::barrier,
+        event_log::horizon,
+        event_log::read_events,
+        event_log::aggregate_events,
+        event_log::ticket_resync,
+        event_log::after_data_loss,
+        projection::projection_create,
+        projection::projection_alter,
+        projection::projection_drop,
+        projection::projection_owner,
+        projection::projection_claim,
+        projection::projection_claim_state,
+        projection::projection_advance,
+        projection::projection_due,
+    ]
+);
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
 
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     guc::register();
+}
+
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/catalog.rs"]
+mod catalog_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/event_log.rs"]
+mod event_log_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/lock.rs"]
+mod lock_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/projection.rs"]
+mod projection_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/support.rs"]
+mod support;
+
+/// What `cargo pgrx test` calls.
+#[cfg(test)]
+pub mod pg_test {
+    pub fn setup(_options: Vec<&str>) {}
+
+    #[must_use]
+    pub fn postgresql_conf_options() -> Vec<&'static str> {
+        vec![]
+    }
 }

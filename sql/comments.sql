@@ -1,0 +1,62 @@
+-- What \d+ and \df+ show.
+
+COMMENT ON SEQUENCE lockstep.ticket IS
+'Tickets of pushes: the integer part of their events'' positions. CACHE must stay 1.';
+
+COMMENT ON TABLE lockstep.events IS
+'The event log. Written by push_events and push_event alone; read settled events with read_events or projection_claim.';
+COMMENT ON COLUMN lockstep.events.tenant IS 'Isolation unit: its writers and readers never wait for another''s. Empty where there is only one.';
+COMMENT ON COLUMN lockstep.events.position IS 'Place in the log: the ticket of the push, plus the event''s index in it in steps of 0.000001.';
+COMMENT ON COLUMN lockstep.events.sequence IS 'Number of the event within its aggregate: from 1, without gaps.';
+COMMENT ON COLUMN lockstep.events.event_id IS 'Given by the client, so that a push can be repeated safely.';
+COMMENT ON COLUMN lockstep.events.created_at IS 'Wall clock at the push; says nothing about order.';
+
+COMMENT ON TABLE lockstep.unique_keys IS
+'Values held by events'' "unique" operations: each at most once per tenant and scope, or per scope over all tenants where global.';
+COMMENT ON COLUMN lockstep.unique_keys.position IS 'The event that took the key.';
+
+COMMENT ON VIEW lockstep.tenants IS
+'Each tenant that has events, with the position of its last visible event (which may not be settled yet).';
+
+COMMENT ON TABLE lockstep.projections IS
+'Projections: filter, handler and settings. Changed by projection_create, _alter, _owner and _drop.';
+COMMENT ON COLUMN lockstep.projections.owner IS 'Role whose members may change the projection; its name, resolved at each use.';
+COMMENT ON COLUMN lockstep.projections.handler IS 'Function that applies an event: schema-qualified, with argument types, resolved at each run.';
+COMMENT ON COLUMN lockstep.projections.start_after IS 'Cursor of tenants in which the projection has not moved yet.';
+
+COMMENT ON TABLE lockstep.projection_cursors IS
+'How far each projection has come in each tenant: every matching event at or below the position has been applied.';
+
+COMMENT ON FUNCTION lockstep.push_events(jsonb, text) IS
+'Appends the events of a JSON array atomically, in order. Keys: aggregate_type, aggregate_id, event_type; optional payload, metadata, expected_sequence, event_id, unique. Waits for pushes to the same aggregates and unique keys. Raises LS001, 23505, 22023, 22004, 54000, 40001, 55000.';
+COMMENT ON FUNCTION lockstep.push_event(text, text, text, jsonb, bigint, jsonb, text) IS
+'Appends one event. Waits for pushes to the same aggregate. Raises LS001, 22023, 22004, 40001, 55000.';
+COMMENT ON FUNCTION lockstep.barrier(text) IS
+'Waits until the tenant''s pushes in flight have ended; every event at or below the result is settled. Use it in a later statement: rows read in the same statement come from an older snapshot. Stalls no writer; obeys lock_timeout. Raises 25000, 25006.';
+COMMENT ON FUNCTION lockstep.horizon(text) IS
+'Position below every push of the tenant in flight; every event at or below the result is settled. Waits for nobody. Use it in a later statement: rows read in the same statement come from an older snapshot. Raises 25000, 25006.';
+COMMENT ON FUNCTION lockstep.read_events(numeric, int, text[], text[], boolean, text) IS
+'Settled events after a position, in order. barrier: wait for the pushes in flight (true) or read below them (false). On a standby: up to the greatest projection cursor of the tenant. Raises 25000.';
+COMMENT ON FUNCTION lockstep.aggregate_events(text, text, bigint, int, text) IS
+'Events of one aggregate after a sequence, in order, as the calling statement''s snapshot shows them. Waits for nobody.';
+COMMENT ON FUNCTION lockstep.ticket_resync() IS
+'Sets the ticket sequence above the log and returns its value. Waits for the pushes in flight; pushes wait for it until its transaction ends.';
+COMMENT ON FUNCTION lockstep.after_data_loss() IS
+'Raises the ticket sequence by 2^32. For use once after a failover or point-in-time recovery that lost commits.';
+
+COMMENT ON FUNCTION lockstep.projection_create(text, text[], text[], regprocedure, int, int, interval, numeric, boolean) IS
+'Creates a projection owned by the caller; false if it was there and if_not_exists is true. start_after NULL: after what each tenant has settled now. Raises 42710.';
+COMMENT ON FUNCTION lockstep.projection_alter(text, text[], text[], regprocedure, int, int, interval) IS
+'Changes a projection; NULL keeps, ''{}'' and ''-'' clear. Waits for running claims. Raises 42704, 42501, 25000.';
+COMMENT ON FUNCTION lockstep.projection_drop(text) IS
+'Removes a projection and its cursors. Waits for running claims. Raises 42704, 42501, 25000.';
+COMMENT ON FUNCTION lockstep.projection_owner(text, regrole) IS
+'Gives a projection to another role; the caller must be a member of both. Raises 42704, 42501.';
+COMMENT ON FUNCTION lockstep.projection_claim(text, int, numeric, boolean, boolean, text) IS
+'Takes the projection for this transaction and returns its next events. Apply them in later statements, then call projection_advance. wait: wait for another claim (true) or return no rows (false). barrier: wait for the pushes in flight (true) or read below them (false). Raises 42704, 25000.';
+COMMENT ON FUNCTION lockstep.projection_claim_state(text, text) IS
+'How this transaction''s last claim of the projection went: claimed, busy or none; and whether events were left.';
+COMMENT ON FUNCTION lockstep.projection_advance(text, numeric, text) IS
+'Moves the cursor to an event of the claimed batch (NULL: past all of it) and returns where it is. Raises LS002, 22023.';
+COMMENT ON FUNCTION lockstep.projection_due(text[], int) IS
+'(projection, tenant) pairs with settled events after their cursor that nobody is claiming, the longest waiting first. Waits for nobody.';
