@@ -105,12 +105,13 @@ class Cluster:
         """SIGKILL to all processes of the server at once, as in a power cut."""
         postmaster = self._postmaster()
         os.kill(postmaster, signal.SIGSTOP)  # it starts nothing new while its children are listed
-        processes = [postmaster, *_children(postmaster)]
+        processes = [*_children(postmaster), postmaster]
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(_alive(pid) for pid in processes))
         # Where nothing reaps orphans, the dead postmaster's pid stays taken and would look like a running server.
-        (self.data / "postmaster.pid").unlink()
+        for lock_file in [self.data / "postmaster.pid", *self.host.glob(".s.PGSQL.*")]:
+            lock_file.unlink(missing_ok=True)
 
     def kill_backend(self, pid):
         """SIGKILL to one backend: the postmaster then restarts all others and recovers."""
