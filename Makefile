@@ -1,0 +1,39 @@
+# The verbs; what they do is in tools/. PG_CONFIG=/path/to/pg_config names a server of yours in place of the embedded one.
+export PG_CONFIG
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check install package matrix bench stop clean
+
+help: ## List these verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "PG_CONFIG=/path/to/pg_config chooses a server; without it they use an embedded PostgreSQL 18."
+
+setup: ## Install what is missing (the other verbs do so too)
+	@tools/setup
+
+demo: setup ## Run the demonstration and leave its server up
+	@tools/demo
+
+test: setup ## Run every test
+	@tools/test
+
+check: setup ## Check the formatting and lint
+	@tools/check
+
+install: setup ## Install the extension into the server of PG_CONFIG
+	@tools/install $(PG_CONFIG)
+
+package: setup ## Make an archive of the files to install
+	@tools/package
+
+matrix: ## Run every test on each supported PostgreSQL version
+	@tools/matrix
+
+bench: setup ## Measure the speed against plain tables
+	@tools/bench
+
+stop: ## Stop and delete the demonstration's server
+	@tools/server remove
+
+clean: ## Stop servers and delete everything that was built or downloaded here
+	@tools/clean

@@ -1,0 +1,95 @@
+"""Fixtures: a shared server, a database of one's own, a cluster of one's own."""
+
+import itertools
+
+import pytest
+from psycopg import sql
+from server import Cluster
+
+_numbers = itertools.count(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--stress-seconds", type=float, default=10.0, help="how long the stress tests run")
+
+
+@pytest.fixture
+def stress_seconds(request):
+    return request.config.getoption("--stress-seconds")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The server that most tests share. Do not stop it or change its settings."""
+    shared = Cluster()
+    try:
+        yield shared.start()
+    finally:
+        shared.destroy()
+
+
+class Database:
+    """A database with the extension in it. Connections opened here are closed with it."""
+
+    def __init__(self, cluster, name):
+        self.cluster = cluster
+        self.name = name
+        self._connections = []
+        with cluster.connect() as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        with self.connect() as connection:
+            connection.execute("CREATE EXTENSION lockstep")
+
+    def connect(self, **options):
+        connection = self.cluster.connect(self.name, **options)
+        self._connections.append(connection)
+        return connection
+
+    def psql(self, script):
+        return self.cluster.psql(script, self.name)
+
+    def drop(self):
+        for connection in self._connections:
+            connection.close()
+        with self.cluster.connect(self.name) as connection:
+            prepared = connection.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
+            for (gid,) in prepared.fetchall():
+                connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(gid)))
+        with self.cluster.connect() as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.name)))
+
+
+@pytest.fixture
+def db(server):
+    """A fresh database on the shared server."""
+    database = Database(server, f"test_{next(_numbers)}")
+    try:
+        yield database
+    finally:
+        database.drop()
+
+
+@pytest.fixture
+def cluster():
+    """Makes started clusters of one's own: `cluster(fsync="on")`. They are destroyed at the end of the test.
+
+    `cluster(start=False)` gives one that is not yet created.
+    """
+    clusters = []
+
+    def make(start=True, **settings):
+        made = Cluster(**settings)
+        clusters.append(made)
+        return made.start() if start else made
+
+    try:
+        yield make
+    finally:
+        for made in reversed(clusters):
+            made.destroy()
+
+
+@pytest.fixture
+def new_database():
+    """Makes a database with the extension on any cluster: `new_database(cluster, "name")`. It goes with its cluster."""
+    return Database
