@@ -1,4 +1,5 @@
 //! What the in-backend tests share.
+#![allow(clippy::panic)] // a test's way to fail
 
 use pgrx::prelude::*;
 
