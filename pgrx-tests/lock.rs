@@ -22,7 +22,15 @@ mod tests {
         Tag::global_unique_key("email", "a").acquire(Mode::Exclusive);
         Tag::projection("p", "t").acquire(Mode::Exclusive);
         Tag::projection_all("p").acquire(Mode::Shared);
-        assert_eq!(held(), "");
+        assert_eq!(
+            held(),
+            "967321022/4022255791/4096,\
+             2071857780/3222833563/12288,\
+             1447467765/264710990/16384,\
+             3962705585/1732144736/16384,\
+             1577700434/749738149/20480,\
+             2068778929/793168361/24576"
+        );
     }
 
     #[pg_test]
@@ -30,7 +38,7 @@ mod tests {
         Tag::writer_start("", 0x0ABC_1234_5678).acquire(Mode::Shared);
         assert_eq!(
             list(
-                "SELECT format('%s/%s', to_hex(objid::bigint), to_hex(objsubid)) FROM pg_locks
+                "SELECT format('%s/%s', to_hex(objid::bigint), to_hex(objsubid::int)) FROM pg_locks
                  WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
             ),
             "12345678/2abc"

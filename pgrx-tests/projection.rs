@@ -257,12 +257,12 @@ mod tests {
     fn a_handler_takes_an_event_or_an_array_of_them() {
         run("CREATE FUNCTION public.one(e lockstep.events) RETURNS void LANGUAGE sql AS ''");
         run("CREATE FUNCTION public.many(e lockstep.events[]) RETURNS void LANGUAGE sql AS ''");
-        run("SELECT lockstep.projection_create('p', handler => 'public.one')");
+        run("SELECT lockstep.projection_create('p', handler => 'public.one(lockstep.events)')");
         assert_eq!(
             list("SELECT handler FROM lockstep.projections"),
             "public.one(lockstep.events)"
         );
-        run("SELECT lockstep.projection_alter('p', handler => 'public.many')");
+        run("SELECT lockstep.projection_alter('p', handler => 'public.many(lockstep.events[])')");
         assert_eq!(
             list("SELECT handler FROM lockstep.projections"),
             "public.many(lockstep.events[])"
@@ -272,7 +272,7 @@ mod tests {
             "SELECT handler IS NULL FROM lockstep.projections"
         ));
         assert_eq!(
-            sqlstate("SELECT lockstep.projection_create('q', handler => 'pg_catalog.now')"),
+            sqlstate("SELECT lockstep.projection_create('q', handler => 'pg_catalog.now()')"),
             "22023"
         );
     }
@@ -350,7 +350,7 @@ mod tests {
             "SELECT lockstep.push_event('a', '1', 'x', tenant => t) FROM unnest('{t2,t1}'::text[]) AS t",
         );
         run("SELECT lockstep.projection_create('p')");
-        run("SELECT lockstep.projection_create('q', start_after => 9000000)");
+        run("SELECT lockstep.projection_create('q', start_after => 9000000000000000000)");
         assert_eq!(
             list("SELECT name || tenant FROM lockstep.projection_due()"),
             "pt2,pt1"

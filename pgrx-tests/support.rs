@@ -15,17 +15,9 @@ pub struct Raised {
 
 /// Runs a statement inside a PL/pgSQL exception block and returns what it raised; empty if it raised nothing.
 pub fn raised(statement: &str) -> Raised {
-    run("CREATE OR REPLACE FUNCTION pg_temp.raised(statement text) RETURNS text[] LANGUAGE plpgsql AS $$
-         DECLARE r text[] := array_fill(''::text, ARRAY[5]);
-         BEGIN
-             EXECUTE statement;
-             RETURN r;
-         EXCEPTION WHEN OTHERS THEN
-             GET STACKED DIAGNOSTICS r[2] = MESSAGE_TEXT, r[3] = PG_EXCEPTION_DETAIL,
-                                     r[4] = PG_EXCEPTION_HINT, r[5] = CONSTRAINT_NAME;
-             r[1] := SQLSTATE;
-             RETURN r;
-         END $$");
+    if one("SELECT to_regproc('pg_temp.raised') IS NULL") {
+        create_raised();
+    }
     let quoted = statement.replace('\'', "''");
     let fields: Vec<String> = one(&format!("SELECT pg_temp.raised('{quoted}')"));
     let mut fields = fields.into_iter();
@@ -37,6 +29,25 @@ pub fn raised(statement: &str) -> Raised {
         hint: field(),
         constraint: field(),
     }
+}
+
+fn create_raised() {
+    run(
+        "CREATE FUNCTION pg_temp.raised(statement text) RETURNS text[] LANGUAGE plpgsql AS $$
+         DECLARE
+             message text;
+             detail text;
+             hint text;
+             name text;
+         BEGIN
+             EXECUTE statement;
+             RETURN '{}';
+         EXCEPTION WHEN OTHERS THEN
+             GET STACKED DIAGNOSTICS message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL,
+                                     hint = PG_EXCEPTION_HINT, name = CONSTRAINT_NAME;
+             RETURN ARRAY[SQLSTATE, message, detail, hint, name];
+         END $$",
+    );
 }
 
 pub fn sqlstate(statement: &str) -> String {
