@@ -61,11 +61,16 @@ pub enum Error {
         given: usize,
         limit: usize,
     },
-    /// The ticket sequence has handed out a ticket that is not above the tenant's log.
+    /// The ticket sequence stands below the tenant's log.
     TicketBehindLog {
-        ticket: i64,
+        value: i64,
         head: i64,
         tenant: String,
+    },
+    /// The ticket sequence has handed out a ticket that is not above its own value of before.
+    TicketNotAbove {
+        ticket: i64,
+        value: i64,
     },
 }
 
@@ -93,7 +98,7 @@ impl Error {
             Error::DuplicateProjection(_) => "42710",
             Error::NotOwner { .. } => "42501",
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
-            Error::TicketBehindLog { .. } => "55000",
+            Error::TicketBehindLog { .. } | Error::TicketNotAbove { .. } => "55000",
         }
     }
 
@@ -120,8 +125,15 @@ impl Error {
             Error::TooManyKeys { given, limit } => {
                 format!("Aggregates, unique keys and event ids given {given}, at most {limit}.")
             }
-            Error::TicketBehindLog { ticket, head, tenant } => {
-                format!("Ticket {ticket}, last ticket in the log of tenant \"{tenant}\" {head}.")
+            Error::TicketBehindLog {
+                value,
+                head,
+                tenant,
+            } => {
+                format!("Last ticket drawn {value}, last ticket in the log of tenant \"{tenant}\" {head}.")
+            }
+            Error::TicketNotAbove { ticket, value } => {
+                format!("Ticket drawn {ticket}, last ticket drawn before {value}.")
             }
             Error::NullArgument(_)
             | Error::ReadOnly { .. }
@@ -159,6 +171,9 @@ impl Error {
             Error::TicketBehindLog { .. } => {
                 Some("SELECT lockstep.ticket_resync() sets the sequence above the log.")
             }
+            Error::TicketNotAbove { .. } => Some(
+                "ALTER SEQUENCE lockstep.ticket CACHE 1, then SELECT lockstep.ticket_resync().",
+            ),
             Error::UniqueViolation { .. }
             | Error::NullArgument(_)
             | Error::UndefinedProjection(_)
@@ -256,6 +271,9 @@ impl fmt::Display for Error {
             }
             Error::TicketBehindLog { .. } => {
                 f.write_str("the ticket sequence is not above the event log")
+            }
+            Error::TicketNotAbove { .. } => {
+                f.write_str("the ticket sequence gave a ticket out of order")
             }
         }
     }
