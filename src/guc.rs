@@ -5,6 +5,9 @@ use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 pub static MAX_AGGREGATES_PER_PUSH: GucSetting<i32> = GucSetting::<i32>::new(1000);
 pub static CLAIM_SCAN_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(100_000);
 
+pub static MAX_PARALLEL_CLAIMS: GucSetting<i32> = GucSetting::<i32>::new(0);
+pub static POLL_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(100);
+
 pub fn register() {
     // A superuser's setting: each of them is a place in the lock table, which all sessions share.
     GucRegistry::define_int_guc(
@@ -26,5 +29,26 @@ pub fn register() {
         i32::MAX,
         GucContext::Userset,
         GucFlags::default(),
+    );
+    // A superuser's setting: sessions that disagree about it would not count alike.
+    GucRegistry::define_int_guc(
+        c"lockstep.max_parallel_claims",
+        c"Limits the transactions in the database that hold a claim with events.",
+        c"0 means no limit.",
+        &MAX_PARALLEL_CLAIMS,
+        0,
+        1000,
+        GucContext::Suset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"lockstep.poll_interval",
+        c"Sets the time between two looks of what waits for a state and is not woken.",
+        c"",
+        &POLL_INTERVAL,
+        1,
+        60_000,
+        GucContext::Userset,
+        GucFlags::UNIT_MS,
     );
 }

@@ -40,6 +40,7 @@ enum Kind {
     UniqueKey = 4,
     Projection = 5,
     ProjectionAll = 6,
+    Slot = 7,
 }
 
 /// How many bits of field 4 are left beside the kind.
@@ -138,6 +139,15 @@ impl Tag {
     /// The projection in all tenants: shared by its claims, exclusive to what changes or removes its definition.
     pub fn projection_all(name: &str) -> Self {
         Tag::keyed(Kind::ProjectionAll, &[name.as_bytes()])
+    }
+
+    /// One of the places that lockstep.max_parallel_claims counts.
+    pub fn slot(number: u32) -> Self {
+        Tag {
+            field4: (Kind::Slot as u16) << KIND_SHIFT,
+            field2: 0,
+            field3: number,
+        }
     }
 
     /// Waits, obeying lock_timeout, until the lock is this transaction's.

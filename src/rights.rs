@@ -6,6 +6,7 @@
 //! caller at entry and wraps its own, schema-qualified SQL in [`as_extension_owner`].
 
 use pgrx::callconv::{Arg, ArgAbi};
+use pgrx::datum::IntoDatum;
 use pgrx::pg_sys;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
@@ -149,6 +150,35 @@ impl Procedure {
         unsafe {
             let name = pg_sys::format_procedure_qualified(self.0);
             CStr::from_ptr(name).to_string_lossy().into_owned()
+        }
+    }
+
+    /// The function of that stored name, if the current user's catalog has it.
+    pub fn from_qualified_name(name: &str) -> Option<Self> {
+        // SAFETY: to_regprocedure(text) returns NULL for a function that is not there.
+        let procedure: Option<pg_sys::Oid> = unsafe {
+            pgrx::direct_function_call(pg_sys::to_regprocedure, &[name.into_datum()])
+        };
+        procedure.map(Procedure)
+    }
+
+    /// Whether it can be called in a SELECT and returns one value.
+    pub fn is_plain_function(self) -> bool {
+        // SAFETY: look-ups in the system cache.
+        unsafe {
+            pg_sys::get_func_prokind(self.0) as u8 == pg_sys::PROKIND_FUNCTION
+                && !pg_sys::get_func_retset(self.0)
+        }
+    }
+
+    /// Schema and name, quoted.
+    pub fn quoted_name(self) -> String {
+        // SAFETY: palloc'd strings of the system cache.
+        unsafe {
+            let schema = pg_sys::get_namespace_name(pg_sys::get_func_namespace(self.0));
+            let quoted =
+                pg_sys::quote_qualified_identifier(schema, pg_sys::get_func_name(self.0));
+            CStr::from_ptr(quoted).to_string_lossy().into_owned()
         }
     }
 

@@ -15,6 +15,7 @@ use std::ffi::{CString, c_char};
 use std::ptr::NonNull;
 
 use crate::position::Position;
+use crate::rights::Procedure;
 use crate::snapshot::At;
 
 /// An argument of a statement, with its type.
@@ -32,17 +33,35 @@ impl Spi {
 
     /// Runs a SELECT. Assigns no transaction id.
     pub fn read(&self, plan: &Plan, at: At, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan, Some(at), args)
+        self.execute_by_index(plan, Some(at), args)
     }
 
     /// Runs a statement that writes; in READ COMMITTED with a snapshot taken now.
     pub fn write(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan, None, args)
+        self.execute_by_index(plan, None, args)
+    }
+
+    /// Calls the function with the argument, with the rights of the current user; what it returns is dropped.
+    pub fn call(&self, function: &Call, argument: Arg) {
+        self.execute(function.0, None, &[argument]);
+        // SAFETY: frees the result of the call; a batch would pile them up.
+        unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
+    }
+
+    /// A call of a function of one argument, for the life of this connection.
+    pub fn prepare_call(&self, function: Procedure, argument_type: pg_sys::Oid) -> Call {
+        let sql = format!("SELECT {}($1)", function.quoted_name());
+        Call(prepare(&sql, &mut [argument_type]))
+    }
+
+    fn execute_by_index(&self, plan: &Plan, at: Option<At>, args: &[Arg]) -> Rows<'_> {
+        let plan = plan.get(args);
+        let _planner = plan.needs_planning().then(PlannerSettings::by_index);
+        self.execute(plan, at, args)
     }
 
     /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
-    fn execute(&self, plan: &Plan, at: Option<At>, args: &[Arg]) -> Rows<'_> {
-        let plan = plan.get(args);
+    fn execute(&self, plan: Prepared, at: Option<At>, args: &[Arg]) -> Rows<'_> {
         let mut values: Vec<pg_sys::Datum> = args
             .iter()
             .map(|arg| {
@@ -57,7 +76,6 @@ impl Spi {
         // SAFETY: values and nulls have one entry a parameter of the plan and outlive the call; SPI leaves the result in
         // SPI_tuptable until SPI_finish, which the lifetime of Rows ends before.
         unsafe {
-            let planner = plan.needs_planning().then(PlannerSettings::by_index);
             pg_sys::SPI_execute_snapshot(
                 plan.0.as_ptr(),
                 values.as_mut_ptr(),
@@ -68,7 +86,6 @@ impl Spi {
                 true,
                 0,
             );
-            drop(planner);
             Rows {
                 table: NonNull::new(pg_sys::SPI_tuptable),
                 processed: pg_sys::SPI_processed as usize,
@@ -123,16 +140,19 @@ impl Rows<'_> {
 /// A statement with its text, prepared at first use.
 pub struct Plan {
     sql: &'static str,
-    kept: OnceCell<Kept>,
+    kept: OnceCell<Prepared>,
 }
 
+/// A prepared call of a function that is not known when this is compiled.
+pub struct Call(Prepared);
+
 #[derive(Clone, Copy)]
-struct Kept(NonNull<pg_sys::_SPI_plan>);
+struct Prepared(NonNull<pg_sys::_SPI_plan>);
 
 // SAFETY: a backend has one thread that runs PostgreSQL code.
-unsafe impl Send for Kept {}
+unsafe impl Send for Prepared {}
 // SAFETY: as above.
-unsafe impl Sync for Kept {}
+unsafe impl Sync for Prepared {}
 
 impl Plan {
     pub const fn new(sql: &'static str) -> Self {
@@ -143,27 +163,32 @@ impl Plan {
     }
 
     /// The kept plan; its parameters have the types of the arguments of the first call.
-    fn get(&self, args: &[Arg]) -> Kept {
+    fn get(&self, args: &[Arg]) -> Prepared {
         *self.kept.get_or_init(|| {
-            let sql = CString::new(self.sql).unwrap_or_default();
             let mut types: Vec<pg_sys::Oid> = args.iter().map(DatumWithOid::oid).collect();
-            // SAFETY: an SPI connection is open; SPI_prepare raises what is wrong with the text. SPI_keepplan moves the
-            // plan to memory that lives as long as the backend.
-            unsafe {
-                let plan = pg_sys::SPI_prepare_cursor(
-                    sql.as_ptr(),
-                    types.len() as i32,
-                    types.as_mut_ptr(),
-                    pg_sys::CURSOR_OPT_GENERIC_PLAN as i32,
-                );
-                pg_sys::SPI_keepplan(plan);
-                Kept(NonNull::new_unchecked(plan))
-            }
+            let plan = prepare(self.sql, &mut types);
+            // SAFETY: moves the plan to memory that lives as long as the backend.
+            unsafe { pg_sys::SPI_keepplan(plan.0.as_ptr()) };
+            plan
         })
     }
 }
 
-impl Kept {
+/// The generic plan of a statement; it lives as long as the SPI connection.
+fn prepare(sql: &str, types: &mut [pg_sys::Oid]) -> Prepared {
+    let sql = CString::new(sql).unwrap_or_default();
+    // SAFETY: an SPI connection is open; SPI_prepare raises what is wrong with the text, and returns null for nothing else.
+    unsafe {
+        Prepared(NonNull::new_unchecked(pg_sys::SPI_prepare_cursor(
+            sql.as_ptr(),
+            types.len() as i32,
+            types.as_mut_ptr(),
+            pg_sys::CURSOR_OPT_GENERIC_PLAN as i32,
+        )))
+    }
+}
+
+impl Prepared {
     /// Whether the next execution will call the planner.
     fn needs_planning(self) -> bool {
         // SAFETY: a kept plan has one source; its generic plan, once made, lives until it is replaced.
@@ -250,8 +275,46 @@ impl Events {
 
     /// The last event's position.
     pub fn last_position(&self) -> Option<Position> {
-        let last = self.count.checked_sub(1)?;
-        self.rows().get(last, Self::POSITION)
+        self.position(self.count.checked_sub(1)?)
+    }
+
+    pub fn position(&self, row: usize) -> Option<Position> {
+        self.rows().get(row, Self::POSITION)
+    }
+
+    /// One event as a `lockstep.events`, in the current memory context.
+    pub fn event(&self, row: usize) -> Option<Arg<'static>> {
+        let (tuple, _) = self.rows().tuple(row)?;
+        let row_type = RowType::of_events();
+        // SAFETY: the statement selected the columns of lockstep.events in their order, so its tuples are of the row type.
+        unsafe {
+            let datum = pg_sys::heap_copy_tuple_as_datum(tuple, row_type.descriptor);
+            Some(Arg::new_from_datum(
+                Some(Datum::new(datum)),
+                row_type.row,
+            ))
+        }
+    }
+
+    /// Some of the events as a `lockstep.events[]`, in the current memory context.
+    pub fn array(&self, rows: std::ops::Range<usize>) -> Arg<'static> {
+        let mut events: Vec<pg_sys::Datum> = rows
+            .filter_map(|row| self.event(row)?.datum())
+            .map(Datum::sans_lifetime)
+            .collect();
+        let row_type = RowType::of_events();
+        // SAFETY: composite datums of the element type; composite types have this length, passing and alignment.
+        unsafe {
+            let array = pg_sys::construct_array(
+                events.as_mut_ptr(),
+                events.len() as i32,
+                row_type.row,
+                -1,
+                false,
+                pg_sys::TYPALIGN_DOUBLE as std::ffi::c_char,
+            );
+            Arg::new_from_datum(Some(Datum::new(pg_sys::Datum::from(array))), row_type.array)
+        }
     }
 
     /// The column `position` of lockstep.events.
@@ -294,5 +357,38 @@ unsafe impl SqlTranslatable for Events {
     fn return_sql() -> Result<Returns, ReturnsError> {
         // pgrx takes only its own iterators for sets; the text is all it needs of this one.
         Ok(Returns::One(SqlMapping::literal("SETOF lockstep.events")))
+    }
+}
+
+/// The types `lockstep.events` and `lockstep.events[]`.
+pub struct RowType {
+    pub row: pg_sys::Oid,
+    pub array: pg_sys::Oid,
+    descriptor: pg_sys::TupleDesc,
+}
+
+impl RowType {
+    pub fn of_events() -> Self {
+        // SAFETY: look-ups in the system and type caches; the descriptor is given back in drop.
+        unsafe {
+            let schema = pg_sys::get_namespace_oid(c"lockstep".as_ptr(), false);
+            let table = pg_sys::get_relname_relid(c"events".as_ptr(), schema);
+            let row = pg_sys::get_rel_type_id(table);
+            RowType {
+                row,
+                array: pg_sys::get_array_type(row),
+                descriptor: pg_sys::lookup_rowtype_tupdesc(row, -1),
+            }
+        }
+    }
+}
+
+impl Drop for RowType {
+    fn drop(&mut self) {
+        // While an error unwinds, the resource owner gives it back.
+        if !std::thread::panicking() {
+            // SAFETY: the reference that lookup_rowtype_tupdesc took; a row type's descriptor is always counted.
+            unsafe { pg_sys::DecrTupleDescRefCount(self.descriptor) };
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! The reader's side of the protocol: up to which position every event that will ever be committed is visible to a snapshot
 //! taken after this returns. See `lock.rs` for what each step prevents.
 
+use std::cell::Cell;
+
 use crate::error::Error;
 use crate::lock::{self, Locks};
 use crate::position::Position;
@@ -43,9 +45,26 @@ impl Horizons {
     }
 }
 
+thread_local! {
+    static WITHOUT_WAITING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While `body` runs, readers take the horizon, whatever they are asked for: a handler holds its projection's claim, and what
+/// it waits for would hold that up.
+pub fn without_waiting<T>(body: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            WITHOUT_WAITING.set(self.0);
+        }
+    }
+    let _restore = Restore(WITHOUT_WAITING.replace(true));
+    body()
+}
+
 /// The barrier where it is asked for and possible, else the horizon.
 pub fn settle(tenant: &str, wait: bool) -> Position {
-    if wait && !this_transaction_pushed() {
+    if wait && !WITHOUT_WAITING.get() && !this_transaction_pushed() {
         barrier(tenant)
     } else {
         Horizons::now().of(tenant)
