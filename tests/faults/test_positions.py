@@ -142,9 +142,7 @@ def test_with_a_cache_a_push_below_the_log_is_refused_and_not_lost(db):
 def test_every_event_of_a_push_has_the_pushs_ticket_and_its_own_fraction(db):
     session = db.connect()
     event = {"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}
-    rows = session.execute(
-        "SELECT position::text FROM lockstep.push_events(%s)", (Jsonb([event] * 11),)
-    ).fetchall()
+    rows = session.execute("SELECT position::text FROM lockstep.push_events(%s)", (Jsonb([event] * 11),)).fetchall()
     assert rows[0] == ("1",)
     assert rows[1] == ("1.000001",)
     assert rows[10] == ("1.00001",)

@@ -99,9 +99,7 @@ def test_a_role_without_rights_can_neither_read_nor_call_nor_write_anything(db, 
 
 def test_a_role_that_may_push_can_push_and_nothing_else(db, roles):
     writer = roles.connect(
-        roles.create(
-            "writer", USAGE, "GRANT EXECUTE ON FUNCTION lockstep.push_event, lockstep.push_events TO {role}"
-        )
+        roles.create("writer", USAGE, "GRANT EXECUTE ON FUNCTION lockstep.push_event, lockstep.push_events TO {role}")
     )
     push(writer, "one")
     writer.execute(
@@ -139,7 +137,9 @@ def test_a_writers_search_path_does_not_reach_into_the_functions(db, roles):
     push(writer, "one", expected_sequence=1)
 
 
-DROP = "GRANT EXECUTE ON FUNCTION lockstep.projection_drop, lockstep.projection_alter, lockstep.projection_owner TO {role}"
+DROP = (
+    "GRANT EXECUTE ON FUNCTION lockstep.projection_drop, lockstep.projection_alter, lockstep.projection_owner TO {role}"
+)
 CREATE = "GRANT EXECUTE ON FUNCTION lockstep.projection_create TO {role}"
 
 

@@ -133,7 +133,9 @@ def test_a_push_in_an_exception_block_that_rolls_back_is_no_push(db):
         END $$
         """
     )
-    rows = session.execute("SELECT aggregate_id, sequence, event_type FROM lockstep.events ORDER BY position").fetchall()
+    rows = session.execute(
+        "SELECT aggregate_id, sequence, event_type FROM lockstep.events ORDER BY position"
+    ).fetchall()
     assert rows == [("one", 1, "first"), ("one", 2, "last")]
     assert drain(session) == log(session)
 
