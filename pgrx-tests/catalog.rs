@@ -14,7 +14,8 @@ mod tests {
 
     /// What must know its caller runs with the caller's rights; see `rights.rs`.
     const INVOKER: &str =
-        "'projection_create', 'projection_alter', 'projection_drop', 'projection_owner'";
+        "'projection_create', 'projection_alter', 'projection_drop', 'projection_owner',
+         'projection_run', 'projection_reset', 'projection_pause', 'projection_resume', 'failed_event_retry'";
 
     #[pg_test]
     fn every_function_and_relation_has_a_comment() {

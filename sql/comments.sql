@@ -27,6 +27,15 @@ COMMENT ON COLUMN lockstep.projections.start_after IS 'Cursor of tenants in whic
 COMMENT ON TABLE lockstep.projection_cursors IS
 'How far each projection has come in each tenant: every matching event at or below the position has been applied.';
 
+COMMENT ON COLUMN lockstep.projection_cursors.failing IS 'The event after the cursor has failed and is to be retried.';
+COMMENT ON COLUMN lockstep.projection_cursors.retry_at IS 'Claims give no rows until then.';
+
+COMMENT ON TABLE lockstep.projection_pauses IS
+'Tenants in which a projection is paused, or runs although it is paused elsewhere.';
+
+COMMENT ON TABLE lockstep.failed_events IS
+'Events that a projection could not apply: still to be retried, or skipped (dead letters) from skipped_at on.';
+
 COMMENT ON FUNCTION lockstep.push_events(jsonb, text) IS
 'Appends the events of a JSON array atomically, in order. Keys: aggregate_type, aggregate_id, event_type; optional payload, metadata, expected_sequence, event_id, unique. Waits for pushes to the same aggregates and unique keys. Raises LS001, 23505, 22023, 22004, 54000, 40001, 55000.';
 COMMENT ON FUNCTION lockstep.push_event(text, text, text, jsonb, bigint, jsonb, text) IS
@@ -55,8 +64,24 @@ COMMENT ON FUNCTION lockstep.projection_owner(text, regrole) IS
 COMMENT ON FUNCTION lockstep.projection_claim(text, int, numeric, boolean, boolean, text) IS
 'Takes the projection for this transaction and returns its next events. Apply them in later statements, then call projection_advance. wait: wait for another claim (true) or return no rows (false). barrier: wait for the pushes in flight (true) or read below them (false). Raises 42704, 25000.';
 COMMENT ON FUNCTION lockstep.projection_claim_state(text, text) IS
-'How this transaction''s last claim of the projection went: claimed, busy or none; and whether events were left.';
+'How this transaction''s last claim of the projection went: claimed, busy, paused, backoff or none; and whether events were left.';
 COMMENT ON FUNCTION lockstep.projection_advance(text, numeric, text) IS
 'Moves the cursor to an event of the claimed batch (NULL: past all of it) and returns where it is. Raises LS002, 22023.';
 COMMENT ON FUNCTION lockstep.projection_due(text[], int) IS
 '(projection, tenant) pairs with settled events after their cursor that nobody is claiming, the longest waiting first. Waits for nobody.';
+COMMENT ON FUNCTION lockstep.projection_fail(text, numeric, text, text) IS
+'Counts a failure of an event of the claimed batch. retry: the cursor is just before it and claims wait; skip: it has failed max_failures times and the cursor is past it. Raises LS002, 22023.';
+COMMENT ON FUNCTION lockstep.projection_run(text, int, boolean, interval, text) IS
+'Claims, applies with the handler and advances, with the caller''s rights. Raises 42704, 25000, 55000.';
+COMMENT ON FUNCTION lockstep.projection_wait(text, numeric, interval, text) IS
+'Waits until the cursor is at or above a position: true; false at the timeout. Raises 42704, 25000.';
+COMMENT ON FUNCTION lockstep.projection_reset(text, numeric, text) IS
+'Puts the cursor at 0 or at a settled event. Waits for a running claim. Raises 42704, 42501, 22023, 25000.';
+COMMENT ON FUNCTION lockstep.projection_pause(text, text) IS
+'Makes later claims give no rows; tenant NULL: in every tenant. Raises 42704, 42501.';
+COMMENT ON FUNCTION lockstep.projection_resume(text, text) IS
+'Undoes projection_pause; tenant NULL: in every tenant. Raises 42704, 42501.';
+COMMENT ON FUNCTION lockstep.failed_event_retry(text, numeric, text) IS
+'Applies a skipped event again with the handler, with the caller''s rights; true if it succeeded. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
+COMMENT ON FUNCTION lockstep.failed_event_discard(text, numeric, text) IS
+'Forgets a skipped event. Raises 42704, 22023, 55000.';

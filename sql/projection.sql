@@ -22,8 +22,9 @@ CREATE TABLE lockstep.projection_cursors (
     projection text NOT NULL,
     tenant text NOT NULL,
     position numeric NOT NULL,
+    advanced_at timestamptz,
+    failing boolean NOT NULL DEFAULT false,
     retry_at timestamptz,
-    advanced_at timestamptz NOT NULL,
     CONSTRAINT projection_cursors_pkey PRIMARY KEY (projection, tenant)
 ) WITH (fillfactor = 50);
 

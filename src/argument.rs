@@ -1,6 +1,7 @@
 //! What every function checks of its arguments before it locks anything.
 
 use pgrx::datum::Interval;
+use std::time::Duration;
 
 use crate::error::Error;
 
@@ -61,12 +62,27 @@ pub fn positive(argument: &'static str, value: i32) -> Result<i32, Error> {
 /// An interval that is finite and not negative.
 pub fn not_negative(argument: &'static str, value: Interval) -> Result<Interval, Error> {
     let infinite = value.months() == i32::MAX && value.days() == i32::MAX;
-    if infinite || value.months() < 0 || value.days() < 0 || value.micros() < 0 {
+    if infinite || microseconds(&value) < 0 {
         return Err(Error::invalid(format!(
             "{argument} must be finite and not negative"
         )));
     }
     Ok(value)
+}
+
+/// An interval that is finite and above 0.
+pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Error> {
+    let value = not_negative(argument, value)?;
+    match u64::try_from(microseconds(&value)) {
+        Ok(microseconds) if microseconds > 0 => Ok(Duration::from_micros(microseconds)),
+        _ => Err(Error::invalid(format!("{argument} must be above 0"))),
+    }
+}
+
+/// The length of an interval as PostgreSQL compares it: months of 30 days of 24 hours.
+fn microseconds(value: &Interval) -> i128 {
+    const DAY: i128 = 24 * 60 * 60 * 1_000_000;
+    (i128::from(value.months()) * 30 + i128::from(value.days())) * DAY + i128::from(value.micros())
 }
 
 /// A filter of names: NULL and the empty one let everything pass.
@@ -78,11 +94,7 @@ pub fn filter(
         .unwrap_or_default()
         .into_iter()
         .map(|name| {
-            let name = name.ok_or_else(|| Error::InvalidParameter {
-                message: format!("{argument} must not contain null"),
-                detail: None,
-                hint: None,
-            })?;
+            let name = name.ok_or(Error::NullElement(argument))?;
             not_empty(argument, &name)?;
             Ok(name)
         })

@@ -31,6 +31,8 @@ pub enum Error {
         hint: Option<&'static str>,
     },
     NullArgument(&'static str),
+    /// An array with a null in it.
+    NullElement(&'static str),
     /// A key that must be unique is taken; `key` reads as in PostgreSQL's own DETAIL.
     UniqueViolation {
         constraint: &'static str,
@@ -45,6 +47,8 @@ pub enum Error {
         function: &'static str,
         recovery: bool,
     },
+    /// A call of PostgreSQL's that does not fail in a healthy server.
+    Spi(&'static str),
     /// Under a transaction snapshot: what the push builds on was changed by a transaction that it cannot see.
     SerializationFailure(String),
     UndefinedProjection(String),
@@ -52,6 +56,17 @@ pub enum Error {
     NotOwner {
         projection: String,
         owner: String,
+    },
+    /// A projection without a handler is to apply an event in the server.
+    NoHandler(String),
+    /// The failed event is still being retried, so it is no dead letter yet.
+    NotSkipped {
+        projection: String,
+        position: String,
+    },
+    /// The caller may not give something to the role.
+    NotMember {
+        role: String,
     },
     TooManyEvents {
         given: usize,
@@ -89,16 +104,20 @@ impl Error {
             Error::SequenceConflict { .. } => "LS001",
             Error::ClaimNotHeld { .. } => "LS002",
             Error::InvalidParameter { .. } => "22023",
-            Error::NullArgument(_) => "22004",
+            Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
             Error::NeedsReadCommitted(_) | Error::WaitsAfterPush(_) => "25000",
             Error::ReadOnly { .. } => "25006",
             Error::SerializationFailure(_) => "40001",
+            Error::Spi(_) => "XX000",
             Error::UndefinedProjection(_) => "42704",
             Error::DuplicateProjection(_) => "42710",
-            Error::NotOwner { .. } => "42501",
+            Error::NotOwner { .. } | Error::NotMember { .. } => "42501",
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
-            Error::TicketBehindLog { .. } | Error::TicketNotAbove { .. } => "55000",
+            Error::TicketBehindLog { .. }
+            | Error::TicketNotAbove { .. }
+            | Error::NoHandler(_)
+            | Error::NotSkipped { .. } => "55000",
         }
     }
 
@@ -136,9 +155,14 @@ impl Error {
                 format!("Ticket drawn {ticket}, last ticket drawn before {value}.")
             }
             Error::NullArgument(_)
+            | Error::NullElement(_)
             | Error::ReadOnly { .. }
             | Error::UndefinedProjection(_)
-            | Error::DuplicateProjection(_) => return None,
+            | Error::DuplicateProjection(_)
+            | Error::NotMember { .. }
+            | Error::NoHandler(_)
+            | Error::NotSkipped { .. }
+            | Error::Spi(_) => return None,
         };
         Some(Cow::Owned(detail))
     }
@@ -174,10 +198,19 @@ impl Error {
             Error::TicketNotAbove { .. } => Some(
                 "ALTER SEQUENCE lockstep.ticket CACHE 1, then SELECT lockstep.ticket_resync().",
             ),
+            Error::NoHandler(_) => Some(
+                "Register one with projection_alter(name, handler => …), or apply events in the client.",
+            ),
+            Error::NotSkipped { .. } => {
+                Some("The projection itself applies it again, until max_failures is reached.")
+            }
             Error::UniqueViolation { .. }
             | Error::NullArgument(_)
+            | Error::NullElement(_)
             | Error::UndefinedProjection(_)
-            | Error::NotOwner { .. } => None,
+            | Error::NotOwner { .. }
+            | Error::NotMember { .. }
+            | Error::Spi(_) => None,
         }
     }
 
@@ -233,6 +266,8 @@ impl fmt::Display for Error {
             ),
             Error::InvalidParameter { message, .. } => f.write_str(message),
             Error::NullArgument(name) => write!(f, "argument \"{name}\" must not be null"),
+            Error::NullElement(name) => write!(f, "argument \"{name}\" must not contain null"),
+            Error::Spi(function) => write!(f, "{function} failed"),
             Error::UniqueViolation { constraint, .. } => {
                 write!(
                     f,
@@ -258,13 +293,22 @@ impl fmt::Display for Error {
                 recovery: false,
             } => write!(f, "cannot execute {function}() in a read-only transaction"),
             Error::SerializationFailure(_) => {
-                f.write_str("could not serialize access due to a concurrent push")
+                f.write_str("could not serialize access due to a concurrent change")
             }
             Error::UndefinedProjection(name) => write!(f, "projection \"{name}\" does not exist"),
             Error::DuplicateProjection(name) => write!(f, "projection \"{name}\" already exists"),
             Error::NotOwner { projection, .. } => {
                 write!(f, "must be owner of projection \"{projection}\"")
             }
+            Error::NoHandler(name) => write!(f, "projection \"{name}\" has no handler"),
+            Error::NotSkipped {
+                projection,
+                position,
+            } => write!(
+                f,
+                "event {position} has not been skipped by projection \"{projection}\""
+            ),
+            Error::NotMember { role } => write!(f, "must be able to SET ROLE \"{role}\""),
             Error::TooManyEvents { .. } => f.write_str("too many events in one push"),
             Error::TooManyKeys { .. } => {
                 f.write_str("too many aggregates and unique keys in one push")

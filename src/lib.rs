@@ -17,6 +17,8 @@ mod rights;
 mod sequence;
 mod snapshot;
 mod spi;
+mod subtransaction;
+mod wakeup;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
 extension_sql_file!(
@@ -45,6 +47,14 @@ extension_sql_file!(
         projection::projection_claim_state,
         projection::projection_advance,
         projection::projection_due,
+        projection::projection_fail,
+        projection::projection_run,
+        projection::projection_wait,
+        projection::projection_reset,
+        projection::projection_pause,
+        projection::projection_resume,
+        projection::failed_event_retry,
+        projection::failed_event_discard,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -60,6 +70,9 @@ mod catalog_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/event_log.rs"]
 mod event_log_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/failure.rs"]
+mod failure_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lock.rs"]
 mod lock_tests;

@@ -11,18 +11,27 @@
 //! 4. the barrier or the horizon, then a fresh snapshot (`event_log/settle.rs`): no event is passed.
 
 mod claim;
+mod cursor;
 mod definition;
 mod due;
+mod failure;
+mod held;
+mod run;
 
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
 use crate::argument;
-use crate::error::OrRaise;
+use crate::error::{Error, OrRaise};
 use crate::event_log::Filter;
+use crate::event_log::settle;
 use crate::position::Position;
 use crate::rights::{Procedure, Role};
+use crate::snapshot;
 use crate::spi::Events;
+use crate::subtransaction::Failure;
+use crate::wakeup;
+use failure::Verdict;
 
 /// Creates a projection, owned by the caller; true if it did, false if it was there and `if_not_exists` is true.
 ///
@@ -164,8 +173,9 @@ fn projection_claim(
     run().or_raise()
 }
 
-/// Tells how this transaction's last claim of the projection went: `claimed`, `busy`, or `none` (nothing to apply, or not claimed
-/// at all); `more`: events were left within the claim's bounds.
+/// Tells how this transaction's last claim of the projection went: `claimed`; `busy` (another transaction has it, or all places
+/// of `lockstep.max_parallel_claims` are taken); `paused`; `backoff` (an event failed a short time ago); or `none` (nothing to
+/// apply, or not claimed at all). `more`: events were left within the claim's bounds.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
 fn projection_claim_state(
@@ -194,6 +204,196 @@ fn projection_advance(
             .map(|position| Position::from_argument("up_to", &position))
             .transpose()?;
         claim::advance(name, argument::tenant(tenant)?, up_to)
+    };
+    run().or_raise()
+}
+
+/// Counts a failure of an event of the claimed batch and puts the cursor just before it (`retry`: commit; claims give no rows
+/// until `retry_after` has passed, doubled for each failure more, at most 5 minutes) or, at `max_failures`, past it (`skip`: go
+/// on). The events before it are kept: they must have been applied. Call it after rolling back to the savepoint in which the
+/// event was applied. Raises LS002 unless this transaction holds the claim, and after a `retry`; 22023 if `event_position` is
+/// not an event of the batch.
+#[pg_extern(security_definer, volatile, parallel_unsafe)]
+#[search_path(pg_catalog, lockstep, pg_temp)]
+fn projection_fail(
+    name: Option<&str>,
+    event_position: Option<AnyNumeric>,
+    error: Option<&str>,
+    tenant: default!(Option<&str>, "''"),
+) -> &'static str {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let position = Position::from_argument(
+            "event_position",
+            &argument::required("event_position", event_position)?,
+        )?;
+        let failure = Failure {
+            sqlstate: None,
+            message: argument::required("error", error)?.to_owned(),
+            context: None,
+        };
+        failure::fail(name, argument::tenant(tenant)?, position, &failure).map(Verdict::as_str)
+    };
+    run().or_raise()
+}
+
+/// Claims the projection's next events, applies them with its handler and advances, with the caller's rights.
+///
+/// `status`: `ok`; `failed` (an event failed and will be retried, or the handler is gone); `busy`, `paused`, `backoff` as
+/// `projection_claim_state`. `processed` and `skipped` count events; `position` is the cursor; `more`: events were left.
+/// A handler of one event stops after the one that passes `max_duration`. An event's error is kept in
+/// `lockstep.failed_events`; cancel and statement_timeout are not caught. Raises 55000 without a handler, else as
+/// `projection_claim`.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn projection_run(
+    name: Option<&str>,
+    max_events: default!(Option<i32>, "NULL"),
+    barrier: default!(Option<bool>, true),
+    max_duration: default!(Option<Interval>, "NULL"),
+    tenant: default!(Option<&str>, "''"),
+) -> TableIterator<
+    'static,
+    (
+        name!(status, &'static str),
+        name!(processed, i64),
+        name!(skipped, i64),
+        name!(position, Position),
+        name!(more, bool),
+    ),
+> {
+    let run = || {
+        let request = claim::Request {
+            projection: argument::name("name", name)?,
+            max_events: max_events
+                .map(|value| argument::positive("max_events", value))
+                .transpose()?,
+            max_position: None,
+            barrier: argument::required("barrier", barrier)?,
+            wait: false,
+            tenant: argument::tenant(tenant)?,
+        };
+        let max_duration = max_duration
+            .map(|value| argument::duration("max_duration", value))
+            .transpose()?;
+        let report = run::run(&request, max_duration)?;
+        Ok::<_, Error>((
+            report.status,
+            report.processed,
+            report.skipped,
+            report.position,
+            report.more,
+        ))
+    };
+    TableIterator::once(run().or_raise())
+}
+
+/// Waits until the projection's cursor is at or above `up_to`: true; false when `timeout` is over before. Looks every
+/// `lockstep.poll_interval`. Raises 42704 if there is no such projection, 25000 in REPEATABLE READ and SERIALIZABLE and in a
+/// transaction that has pushed.
+#[pg_extern(security_definer, volatile, parallel_unsafe)]
+#[search_path(pg_catalog, lockstep, pg_temp)]
+fn projection_wait(
+    name: Option<&str>,
+    up_to: Option<AnyNumeric>,
+    timeout: default!(Option<Interval>, "'5 seconds'"),
+    tenant: default!(Option<&str>, "''"),
+) -> bool {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let up_to = Position::from_argument("up_to", &argument::required("up_to", up_to)?)?;
+        let timeout = argument::duration("timeout", argument::required("timeout", timeout)?)?;
+        let tenant = argument::tenant(tenant)?;
+        snapshot::require_primary("projection_wait")?;
+        snapshot::require_read_committed("projection_wait")?;
+        settle::refuse_after_push("projection_wait()")?;
+        wakeup::wait_until(timeout, || Ok(cursor::read(name, tenant)?.cursor >= up_to))
+    };
+    run().or_raise()
+}
+
+/// Puts the cursor of one tenant at `up_to`: 0, or a settled event. The events after it will be applied again. Waits for a
+/// running claim, obeying lock_timeout. Raises 42704, 42501 unless the caller is a member of the owner, 22023, and 25000 in
+/// REPEATABLE READ and SERIALIZABLE and in a transaction that has pushed.
+#[pg_extern(volatile, parallel_unsafe)]
+fn projection_reset(
+    name: Option<&str>,
+    up_to: default!(Option<AnyNumeric>, 0),
+    tenant: default!(Option<&str>, "''"),
+) {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let up_to = Position::from_argument("up_to", &argument::required("up_to", up_to)?)?;
+        definition::reset(name, argument::tenant(tenant)?, up_to)
+    };
+    run().or_raise()
+}
+
+/// Makes later claims of the projection in the tenant (NULL: in every tenant) give no rows, until `projection_resume`. Does not
+/// wait for a running claim. Raises 42704, and 42501 unless the caller is a member of the owner.
+#[pg_extern(volatile, parallel_unsafe)]
+fn projection_pause(name: Option<&str>, tenant: default!(Option<&str>, "NULL")) {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let tenant = tenant
+            .map(|tenant| argument::tenant(Some(tenant)))
+            .transpose()?;
+        definition::set_paused("projection_pause", name, tenant, true)
+    };
+    run().or_raise()
+}
+
+/// Undoes `projection_pause` in the tenant (NULL: in every tenant). Raises 42704, and 42501 unless the caller is a member of the
+/// owner.
+#[pg_extern(volatile, parallel_unsafe)]
+fn projection_resume(name: Option<&str>, tenant: default!(Option<&str>, "NULL")) {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let tenant = tenant
+            .map(|tenant| argument::tenant(Some(tenant)))
+            .transpose()?;
+        definition::set_paused("projection_resume", name, tenant, false)
+    };
+    run().or_raise()
+}
+
+/// Applies one skipped event again, with the projection's handler and the caller's rights, under the projection's lock: true
+/// if it succeeded (its row in `lockstep.failed_events` is gone), false if it failed again (the row says how). Waits for a
+/// running claim, obeying lock_timeout. Raises 42704; 22023 if the event has not failed; 55000 if it has not been skipped or
+/// there is no handler; 25000 in REPEATABLE READ and SERIALIZABLE and in a transaction that has pushed.
+#[pg_extern(volatile, parallel_unsafe)]
+fn failed_event_retry(
+    name: Option<&str>,
+    event_position: Option<AnyNumeric>,
+    tenant: default!(Option<&str>, "''"),
+) -> bool {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let position = Position::from_argument(
+            "event_position",
+            &argument::required("event_position", event_position)?,
+        )?;
+        failure::retry(name, argument::tenant(tenant)?, position)
+    };
+    run().or_raise()
+}
+
+/// Removes a skipped event from `lockstep.failed_events`. Raises 42704; 22023 if the event has not failed; 55000 if it has not
+/// been skipped.
+#[pg_extern(security_definer, volatile, parallel_unsafe)]
+#[search_path(pg_catalog, lockstep, pg_temp)]
+fn failed_event_discard(
+    name: Option<&str>,
+    event_position: Option<AnyNumeric>,
+    tenant: default!(Option<&str>, "''"),
+) {
+    let run = || {
+        let name = argument::name("name", name)?;
+        let position = Position::from_argument(
+            "event_position",
+            &argument::required("event_position", event_position)?,
+        )?;
+        failure::discard(name, argument::tenant(tenant)?, position)
     };
     run().or_raise()
 }

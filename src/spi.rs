@@ -2,18 +2,22 @@
 //!
 //! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
 //! It is always generic, and planned with sequential scans, bitmap scans and sorts off: each statement here walks an index in
-//! the index's own order, and a plan made while the table was small must not still scan it when it is large.
+//! the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
+//! statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
 
 use once_cell::sync::OnceCell;
 use pgrx::callconv::{BoxRet, FcInfo};
-use pgrx::datum::{Datum, DatumWithOid, FromDatum};
+use pgrx::datum::{Datum, DatumWithOid, FromDatum, IntoDatum};
 use pgrx::pg_sys;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
 };
 use std::ffi::{CString, c_char};
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 
+use crate::error::Error;
+use crate::guc::Settings;
 use crate::position::Position;
 use crate::rights::Procedure;
 use crate::snapshot::At;
@@ -33,31 +37,29 @@ impl Spi {
 
     /// Runs a SELECT. Assigns no transaction id.
     pub fn read(&self, plan: &Plan, at: At, args: &[Arg]) -> Rows<'_> {
-        self.execute_by_index(plan, Some(at), args)
+        self.execute(plan.get(args), Some(at), args)
     }
 
     /// Runs a statement that writes; in READ COMMITTED with a snapshot taken now.
     pub fn write(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
-        self.execute_by_index(plan, None, args)
-    }
-
-    /// Calls the function with the argument, with the rights of the current user; what it returns is dropped.
-    pub fn call(&self, function: &Call, argument: Arg) {
-        self.execute(function.0, None, &[argument]);
-        // SAFETY: frees the result of the call; a batch would pile them up.
-        unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
+        self.execute(plan.get(args), None, args)
     }
 
     /// A call of a function of one argument, for the life of this connection.
     pub fn prepare_call(&self, function: Procedure, argument_type: pg_sys::Oid) -> Call {
         let sql = format!("SELECT {}($1)", function.quoted_name());
-        Call(prepare(&sql, &mut [argument_type]))
+        Call(prepare(
+            &sql,
+            &mut [argument_type],
+            pg_sys::CURSOR_OPT_GENERIC_PLAN,
+        ))
     }
 
-    fn execute_by_index(&self, plan: &Plan, at: Option<At>, args: &[Arg]) -> Rows<'_> {
-        let plan = plan.get(args);
-        let _planner = plan.needs_planning().then(PlannerSettings::by_index);
-        self.execute(plan, at, args)
+    /// Calls the function with the rights of the current user; what it returns is dropped.
+    pub fn call(&self, function: &Call, argument: Arg) {
+        self.execute(function.0, None, &[argument]);
+        // SAFETY: frees the result of the call; those of a batch would pile up.
+        unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
     }
 
     /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
@@ -76,7 +78,7 @@ impl Spi {
         // SAFETY: values and nulls have one entry a parameter of the plan and outlive the call; SPI leaves the result in
         // SPI_tuptable until SPI_finish, which the lifetime of Rows ends before.
         unsafe {
-            pg_sys::SPI_execute_snapshot(
+            let status = pg_sys::SPI_execute_snapshot(
                 plan.0.as_ptr(),
                 values.as_mut_ptr(),
                 nulls.as_ptr(),
@@ -86,6 +88,9 @@ impl Spi {
                 true,
                 0,
             );
+            if status < 0 {
+                Error::Spi("SPI_execute_snapshot").raise();
+            }
             Rows {
                 table: NonNull::new(pg_sys::SPI_tuptable),
                 processed: pg_sys::SPI_processed as usize,
@@ -140,11 +145,9 @@ impl Rows<'_> {
 /// A statement with its text, prepared at first use.
 pub struct Plan {
     sql: &'static str,
+    by_index: bool,
     kept: OnceCell<Prepared>,
 }
-
-/// A prepared call of a function that is not known when this is compiled.
-pub struct Call(Prepared);
 
 #[derive(Clone, Copy)]
 struct Prepared(NonNull<pg_sys::_SPI_plan>);
@@ -158,80 +161,82 @@ impl Plan {
     pub const fn new(sql: &'static str) -> Self {
         Plan {
             sql,
+            by_index: true,
             kept: OnceCell::new(),
         }
     }
 
-    /// The kept plan; its parameters have the types of the arguments of the first call.
+    /// For a statement over whole tables: planned for the arguments of each call, without constraints.
+    pub const fn joining(sql: &'static str) -> Self {
+        Plan {
+            sql,
+            by_index: false,
+            kept: OnceCell::new(),
+        }
+    }
+
+    /// The kept plan, ready to run; its parameters have the types of the arguments of the first call.
     fn get(&self, args: &[Arg]) -> Prepared {
-        *self.kept.get_or_init(|| {
+        let plan = *self.kept.get_or_init(|| {
             let mut types: Vec<pg_sys::Oid> = args.iter().map(DatumWithOid::oid).collect();
-            let plan = prepare(self.sql, &mut types);
+            let options = if self.by_index {
+                pg_sys::CURSOR_OPT_GENERIC_PLAN
+            } else {
+                pg_sys::CURSOR_OPT_CUSTOM_PLAN
+            };
+            let plan = prepare(self.sql, &mut types, options);
             // SAFETY: moves the plan to memory that lives as long as the backend.
             unsafe { pg_sys::SPI_keepplan(plan.0.as_ptr()) };
             plan
-        })
+        });
+        if self.by_index {
+            plan.plan_by_index();
+        }
+        plan
     }
 }
 
-/// The generic plan of a statement; it lives as long as the SPI connection.
-fn prepare(sql: &str, types: &mut [pg_sys::Oid]) -> Prepared {
+/// A prepared statement; it lives as long as the SPI connection.
+fn prepare(sql: &str, types: &mut [pg_sys::Oid], options: u32) -> Prepared {
     let sql = CString::new(sql).unwrap_or_default();
-    // SAFETY: an SPI connection is open; SPI_prepare raises what is wrong with the text, and returns null for nothing else.
-    unsafe {
-        Prepared(NonNull::new_unchecked(pg_sys::SPI_prepare_cursor(
+    // SAFETY: an SPI connection is open; SPI_prepare raises what is wrong with the text.
+    let plan = unsafe {
+        pg_sys::SPI_prepare_cursor(
             sql.as_ptr(),
             types.len() as i32,
             types.as_mut_ptr(),
-            pg_sys::CURSOR_OPT_GENERIC_PLAN as i32,
-        )))
-    }
+            options as i32,
+        )
+    };
+    NonNull::new(plan).map_or_else(|| Error::Spi("SPI_prepare").raise(), Prepared)
 }
 
+/// A prepared call of a function that is not known when this is compiled.
+pub struct Call(Prepared);
+
 impl Prepared {
-    /// Whether the next execution will call the planner.
-    fn needs_planning(self) -> bool {
-        // SAFETY: a kept plan has one source; its generic plan, once made, lives until it is replaced.
+    /// Makes the generic plan if there is none or it is out of date, with the settings that this module's head gives. They are
+    /// not in force when it runs, so what triggers and functions plan then is planned as ever.
+    fn plan_by_index(self) {
+        // SAFETY: a kept plan has one source, whose generic plan, once made, lives until it is replaced. What other sessions
+        // changed is learnt first, or the execution would learn it and plan by itself.
         unsafe {
+            pg_sys::AcceptInvalidationMessages();
             let sources = pg_sys::SPI_plan_get_plan_sources(self.0.as_ptr());
             let source = pg_sys::list_nth(sources, 0).cast::<pg_sys::CachedPlanSource>();
             let plan = (*source).gplan;
-            !(*source).is_valid || plan.is_null() || !(*plan).is_valid
-        }
-    }
-}
-
-/// Planner settings in force until dropped.
-struct PlannerSettings(i32);
-
-impl PlannerSettings {
-    fn by_index() -> Self {
-        // SAFETY: a nest level of settings as a function's SET clause makes it; the names are PostgreSQL's own.
-        unsafe {
-            let level = pg_sys::NewGUCNestLevel();
-            for name in [c"enable_seqscan", c"enable_bitmapscan", c"enable_sort"] {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    c"off".as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
+            if (*source).is_valid && !plan.is_null() && (*plan).is_valid {
+                return;
             }
-            PlannerSettings(level)
-        }
-    }
-}
-
-impl Drop for PlannerSettings {
-    fn drop(&mut self) {
-        // While an error unwinds, the transaction's or subtransaction's abort restores the settings.
-        if !std::thread::panicking() {
-            // SAFETY: ends the nest level that `by_index` began.
-            unsafe { pg_sys::AtEOXact_GUC(true, self.0) };
+            let _settings = Settings::set(&[
+                (c"enable_seqscan", c"off"),
+                (c"enable_bitmapscan", c"off"),
+                (c"enable_sort", c"off"),
+            ]);
+            let planned = pg_sys::SPI_plan_get_cached_plan(self.0.as_ptr());
+            if !planned.is_null() {
+                pg_sys::ReleaseCachedPlan(planned, pg_sys::CurrentResourceOwner);
+            }
         }
     }
 }
@@ -285,14 +290,11 @@ impl Events {
     /// One event as a `lockstep.events`, in the current memory context.
     pub fn event(&self, row: usize) -> Option<Arg<'static>> {
         let (tuple, _) = self.rows().tuple(row)?;
-        let row_type = RowType::of_events();
+        let types = EventTypes::look_up();
         // SAFETY: the statement selected the columns of lockstep.events in their order, so its tuples are of the row type.
         unsafe {
-            let datum = pg_sys::heap_copy_tuple_as_datum(tuple, row_type.descriptor);
-            Some(Arg::new_from_datum(
-                Some(Datum::new(datum)),
-                row_type.row,
-            ))
+            let datum = pg_sys::heap_copy_tuple_as_datum(tuple, types.descriptor);
+            Some(Arg::new(Raw(datum), types.row))
         }
     }
 
@@ -302,18 +304,18 @@ impl Events {
             .filter_map(|row| self.event(row)?.datum())
             .map(Datum::sans_lifetime)
             .collect();
-        let row_type = RowType::of_events();
-        // SAFETY: composite datums of the element type; composite types have this length, passing and alignment.
+        let types = EventTypes::look_up();
+        // SAFETY: composite datums of the element type; all composite types have this length, passing and alignment.
         unsafe {
             let array = pg_sys::construct_array(
                 events.as_mut_ptr(),
                 events.len() as i32,
-                row_type.row,
+                types.row,
                 -1,
                 false,
-                pg_sys::TYPALIGN_DOUBLE as std::ffi::c_char,
+                pg_sys::TYPALIGN_DOUBLE as c_char,
             );
-            Arg::new_from_datum(Some(Datum::new(pg_sys::Datum::from(array))), row_type.array)
+            Arg::new(Raw(pg_sys::Datum::from(array)), types.array)
         }
     }
 
@@ -360,21 +362,34 @@ unsafe impl SqlTranslatable for Events {
     }
 }
 
+/// A datum whose type is given beside it.
+struct Raw(pg_sys::Datum);
+
+impl IntoDatum for Raw {
+    fn into_datum(self) -> Option<pg_sys::Datum> {
+        Some(self.0)
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::InvalidOid
+    }
+}
+
 /// The types `lockstep.events` and `lockstep.events[]`.
-pub struct RowType {
+pub struct EventTypes {
     pub row: pg_sys::Oid,
     pub array: pg_sys::Oid,
     descriptor: pg_sys::TupleDesc,
 }
 
-impl RowType {
-    pub fn of_events() -> Self {
+impl EventTypes {
+    pub fn look_up() -> Self {
         // SAFETY: look-ups in the system and type caches; the descriptor is given back in drop.
         unsafe {
             let schema = pg_sys::get_namespace_oid(c"lockstep".as_ptr(), false);
             let table = pg_sys::get_relname_relid(c"events".as_ptr(), schema);
             let row = pg_sys::get_rel_type_id(table);
-            RowType {
+            EventTypes {
                 row,
                 array: pg_sys::get_array_type(row),
                 descriptor: pg_sys::lookup_rowtype_tupdesc(row, -1),
@@ -383,12 +398,72 @@ impl RowType {
     }
 }
 
-impl Drop for RowType {
+impl Drop for EventTypes {
     fn drop(&mut self) {
         // While an error unwinds, the resource owner gives it back.
         if !std::thread::panicking() {
             // SAFETY: the reference that lookup_rowtype_tupdesc took; a row type's descriptor is always counted.
             unsafe { pg_sys::DecrTupleDescRefCount(self.descriptor) };
         }
+    }
+}
+
+/// The columns of a function that returns a TABLE.
+pub trait Columns {
+    /// As in RETURNS.
+    const SQL: &'static str;
+}
+
+/// What such a function hands back, all rows at once: pgrx's own TableIterator is called once a row, and each call of a
+/// SECURITY DEFINER function sets user and search_path again.
+pub struct Table<C> {
+    rows: Vec<Vec<Option<pg_sys::Datum>>>,
+    columns: PhantomData<C>,
+}
+
+impl<C: Columns> Table<C> {
+    /// The values of each row in the order of the columns, of their types.
+    pub fn new(rows: Vec<Vec<Option<pg_sys::Datum>>>) -> Self {
+        Table {
+            rows,
+            columns: PhantomData,
+        }
+    }
+}
+
+// SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
+unsafe impl<C: Columns> BoxRet for Table<C> {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        // SAFETY: fcinfo is that of a set-returning function; the rows have a value for each of its columns.
+        unsafe {
+            let raw = fcinfo.as_mut_ptr();
+            pg_sys::InitMaterializedSRF(raw, 0);
+            let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            for row in self.rows {
+                let mut values: Vec<pg_sys::Datum> = row
+                    .iter()
+                    .map(|value| value.unwrap_or(pg_sys::Datum::null()))
+                    .collect();
+                let mut nulls: Vec<bool> = row.iter().map(Option::is_none).collect();
+                pg_sys::tuplestore_putvalues(
+                    (*result).setResult,
+                    (*result).setDesc,
+                    values.as_mut_ptr(),
+                    nulls.as_mut_ptr(),
+                );
+            }
+        }
+        fcinfo.return_null()
+    }
+}
+
+// SAFETY: the SQL type of what box_into returns.
+unsafe impl<C: Columns> SqlTranslatable for Table<C> {
+    fn argument_sql() -> Result<SqlMapping, ArgumentError> {
+        Err(ArgumentError::NotValidAsArgument("Table"))
+    }
+
+    fn return_sql() -> Result<Returns, ReturnsError> {
+        Ok(Returns::One(SqlMapping::literal(C::SQL)))
     }
 }

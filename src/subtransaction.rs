@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 /// What an error said.
 #[derive(Debug)]
 pub struct Failure {
-    pub sqlstate: String,
+    pub sqlstate: Option<String>,
     pub message: String,
     pub context: Option<String>,
 }
@@ -41,7 +41,7 @@ pub fn run<T>(body: impl FnOnce() -> T) -> Result<T, Failure> {
                     resume_unwind(panic);
                 }
                 let failure = Failure {
-                    sqlstate: unpack((*error).sqlerrcode),
+                    sqlstate: Some(unpack((*error).sqlerrcode)),
                     message: text((*error).message).unwrap_or_default(),
                     context: text((*error).context),
                 };
@@ -70,7 +70,5 @@ fn unpack(code: i32) -> String {
 
 unsafe fn text(pointer: *const std::ffi::c_char) -> Option<String> {
     // SAFETY: null, or a NUL-terminated string of the error's copy.
-    unsafe {
-        (!pointer.is_null()).then(|| CStr::from_ptr(pointer).to_string_lossy().into_owned())
-    }
+    unsafe { (!pointer.is_null()).then(|| CStr::from_ptr(pointer).to_string_lossy().into_owned()) }
 }

@@ -7,15 +7,15 @@ use crate::guc;
 
 /// Looks every lockstep.poll_interval until `state` is there or the time is over; whether it is there. Obeys cancel and
 /// statement_timeout. Shows as a wait for `Extension`.
-pub fn wait_until(timeout: Duration, state: impl Fn() -> bool) -> bool {
+pub fn wait_until<E>(timeout: Duration, state: impl Fn() -> Result<bool, E>) -> Result<bool, E> {
     let begun = Instant::now();
     loop {
-        if state() {
-            return true;
+        if state()? {
+            return Ok(true);
         }
         let left = timeout.saturating_sub(begun.elapsed());
         if left.is_zero() {
-            return false;
+            return Ok(false);
         }
         sleep(left.min(Duration::from_millis(guc::POLL_INTERVAL.get() as u64)));
     }

@@ -15,6 +15,7 @@
 
 use pgrx::Uuid;
 use pgrx::datum::TimestampWithTimeZone;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use super::input::NewEvent;
@@ -134,7 +135,7 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ha
 fn read_before(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Before, Error> {
     let latest = read_before_at(spi, At::Latest, tenant, aggregates);
     if snapshot::is_transaction_snapshot() {
-        let seen = read_before_at(spi, At::Statement, tenant, aggregates);
+        let seen = read_before_at(spi, At::Transaction, tenant, aggregates);
         let moved = (0..aggregates.names.len())
             .find(|&index| seen.sequences[index] != latest.sequences[index]);
         if let Some(index) = moved {
@@ -164,7 +165,7 @@ fn read_before_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> B
                  WHERE e.tenant = $1 AND e.position > $4 ORDER BY e.position DESC LIMIT 1)
          FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
     );
-    let above = Arg::from(Position::last_of(sequence::TICKET.value()));
+    let above = Arg::from(looks_above(tenant).then(|| Position::last_of(sequence::TICKET.value())));
     let rows = if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
         let args = [
             Arg::from(tenant),
@@ -184,6 +185,15 @@ fn read_before_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> B
             .collect(),
         above: rows.get(0, 2),
     }
+}
+
+/// Whether to look for events above the sequence. In SERIALIZABLE only once a backend and tenant: the look takes a predicate
+/// lock on the end of the log, where every other push of the tenant inserts.
+fn looks_above(tenant: &str) -> bool {
+    thread_local! {
+        static SEEN: RefCell<HashSet<String>> = RefCell::default();
+    }
+    !snapshot::is_serializable() || SEEN.with_borrow_mut(|seen| seen.insert(tenant.to_owned()))
 }
 
 /// The events' ids are locked, so one that is not in the log now will not be there before this transaction ends.

@@ -107,6 +107,30 @@ pub fn aggregate(
     Events::read(spi, &AGGREGATE, At::Statement, &args)
 }
 
+/// The event at the position, or none.
+pub fn event_at(tenant: &str, position: Position) -> Events {
+    static AT: Plan = Plan::new(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM lockstep.events WHERE tenant = $1 AND position = $2"
+    ));
+    let spi = Spi::connect();
+    let args = [Arg::from(tenant), Arg::from(position)];
+    Events::read(spi, &AT, At::Latest, &args)
+}
+
+/// The position of the last event before the position; 0 if there is none.
+pub fn position_before(tenant: &str, position: Position) -> Position {
+    static BEFORE: Plan = Plan::new(
+        "SELECT position FROM lockstep.events WHERE tenant = $1 AND position < $2 ORDER BY position DESC LIMIT 1",
+    );
+    let args = [Arg::from(tenant), Arg::from(position)];
+    Spi::connect()
+        .read(&BEFORE, At::Latest, &args)
+        .get(0, 1)
+        .unwrap_or(Position::ZERO)
+}
+
 /// The position of the tenant's last event at or below `up_to` that a snapshot taken now shows; 0 if there is none.
 pub fn last_position(tenant: &str, up_to: Position) -> Position {
     static LAST: Plan = Plan::new(

@@ -1,19 +1,12 @@
-//! Claiming a batch and advancing past it.
-//!
-//! What a transaction has claimed is kept in the backend's memory and follows its savepoints exactly as the locks do: rolling
-//! back past a claim forgets the claim and releases its lock. The steps of a claim are in `projection.rs`.
+//! Claiming a batch and advancing past it. The steps of a claim are in `projection.rs`.
 
-use pgrx::{
-    PgSubXactCallbackEvent, PgXactCallbackEvent, pg_sys, register_subxact_callback,
-    register_xact_callback,
-};
-use std::cell::RefCell;
-
+use super::cursor;
+use super::held::{self, Outcome};
 use crate::error::Error;
 use crate::event_log::settle;
 use crate::event_log::{Filter, Range, last_position, position_of_nth, scan};
 use crate::guc;
-use crate::lock::{Mode, Tag};
+use crate::lock::{self, Mode, Tag};
 use crate::position::Position;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Events, Plan, Spi};
@@ -27,29 +20,16 @@ pub struct Request<'a> {
     pub wait: bool,
 }
 
-/// How a claim went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    /// A batch, up to and with the event at `last`.
-    Claimed { after: Position, last: Position },
-    /// The lock, but no event; the cursor is at `position`.
-    None { position: Position },
-    /// Another transaction has the lock.
-    Busy,
-}
+impl Request<'_> {
+    fn remember(&self, outcome: Outcome, more: bool) {
+        held::remember(self.projection, self.tenant, outcome, more);
+    }
 
-struct Claim {
-    projection: String,
-    tenant: String,
-    outcome: Outcome,
-    more: bool,
-    /// The subtransaction that made it.
-    level: pg_sys::SubTransactionId,
-}
-
-thread_local! {
-    /// The running transaction's claims, oldest first.
-    static CLAIMS: RefCell<Vec<Claim>> = const { RefCell::new(Vec::new()) };
+    /// A claim that gives no events for this reason.
+    fn refused(&self, outcome: Outcome) -> Events {
+        self.remember(outcome, false);
+        Events::none()
+    }
 }
 
 pub fn claim(request: &Request) -> Result<Events, Error> {
@@ -59,11 +39,21 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
         settle::refuse_after_push("projection_claim(wait => true)")?;
     }
     if !lock(request) {
-        remember(request, Outcome::Busy, false);
-        return Ok(Events::none());
+        return Ok(request.refused(Outcome::Busy));
     }
-    let projection = read_projection(request.projection, request.tenant)?;
+    let projection = cursor::read(request.projection, request.tenant)?;
+    if projection.paused {
+        return Ok(request.refused(Outcome::Paused));
+    }
+    if projection.backs_off {
+        return Ok(request.refused(Outcome::Backoff));
+    }
     let settled = settle::settle(request.tenant, request.barrier);
+    // After the barrier: a claim that waits for a slow writer takes no other claim's place meanwhile.
+    let places = guc::MAX_PARALLEL_CLAIMS.get() as u32;
+    if places > 0 && !lock::acquire_slot(places, request.wait) {
+        return Ok(request.refused(Outcome::Busy));
+    }
     let range = Range {
         after: projection.cursor,
         up_to: request
@@ -82,35 +72,8 @@ fn lock(request: &Request) -> bool {
         one.acquire(Mode::Exclusive);
         return true;
     }
-    all.try_acquire(Mode::Shared) && one.try_acquire(Mode::Exclusive)
-}
-
-struct Projection {
-    filter: Filter,
-    batch_size: i32,
-    cursor: Position,
-}
-
-fn read_projection(name: &str, tenant: &str) -> Result<Projection, Error> {
-    static READ: Plan = Plan::new(
-        "SELECT p.aggregate_types, p.event_types, p.batch_size,
-                COALESCE((SELECT c.position FROM lockstep.projection_cursors AS c
-                          WHERE c.projection = p.name AND c.tenant = $2), p.start_after)
-         FROM lockstep.projections AS p WHERE p.name = $1",
-    );
-    let spi = Spi::connect();
-    let rows = spi.read(&READ, At::Latest, &[Arg::from(name), Arg::from(tenant)]);
-    if rows.count() == 0 {
-        return Err(Error::UndefinedProjection(name.to_owned()));
-    }
-    Ok(Projection {
-        filter: Filter {
-            aggregate_types: rows.get(0, 1),
-            event_types: rows.get(0, 2),
-        },
-        batch_size: rows.get(0, 3).unwrap_or(1),
-        cursor: rows.get(0, 4).unwrap_or(Position::ZERO),
-    })
+    // Neither waits, so the order does not matter, and a busy claim leaves nothing locked.
+    one.try_acquire(Mode::Exclusive) && all.try_acquire(Mode::Shared)
 }
 
 /// Reads one event more than it hands out, to know whether there is more.
@@ -135,11 +98,7 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
     match events.last_position() {
         Some(last) => {
             let after = range.after;
-            remember(
-                request,
-                Outcome::Claimed { after, last },
-                more || beyond_limit,
-            );
+            request.remember(Outcome::Claimed { after, last }, more || beyond_limit);
         }
         None => {
             let scanned = if filter.passes_all() {
@@ -149,150 +108,80 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
             };
             let position = scanned.max(range.after);
             if position > range.after {
-                move_cursor(request.projection, request.tenant, position);
+                cursor::advance(request.projection, request.tenant, position);
             }
-            remember(request, Outcome::None { position }, beyond_limit);
+            request.remember(Outcome::None { position }, beyond_limit);
         }
     }
     events
 }
 
+/// Status word and whether events were left.
 pub fn state(projection: &str, tenant: &str) -> Result<(&'static str, bool), Error> {
     snapshot::require_primary("projection_claim_state")?;
     Ok(
-        last_claim(projection, tenant).map_or(("none", false), |(outcome, more)| {
-            let status = match outcome {
-                Outcome::Claimed { .. } => "claimed",
-                Outcome::None { .. } => "none",
-                Outcome::Busy => "busy",
-            };
-            (status, more)
+        held::last_claim(projection, tenant).map_or(("none", false), |claim| {
+            (claim.outcome.status(), claim.more)
         }),
     )
 }
 
 pub fn advance(projection: &str, tenant: &str, up_to: Option<Position>) -> Result<Position, Error> {
     snapshot::require_read_write("projection_advance")?;
-    let not_held = |detail| Error::ClaimNotHeld {
-        projection: projection.to_owned(),
-        tenant: tenant.to_owned(),
-        detail,
-    };
-    let (after, last) = match last_claim(projection, tenant) {
-        Some((Outcome::Claimed { after, last }, _)) => (after, last),
-        Some((Outcome::None { position }, _)) => (position, position),
-        Some((Outcome::Busy, _)) => {
-            return Err(not_held("Its last claim found the projection busy."));
-        }
-        None => {
-            return Err(not_held("It made none, or rolled back past it."));
-        }
-    };
-    let not_in_batch = |position| Error::InvalidParameter {
-        message: format!(
-            "up_to {position} is not the position of an event that this transaction claimed for projection \"{projection}\""
-        ),
-        detail: Some(format!("The claimed batch is after {after}, up to {last}.")),
-        hint: Some(
-            "Pass the position exactly as projection_claim returned it: as a decimal or as text, not as a float.",
-        ),
-    };
+    let batch = held::batch(projection, tenant)?;
     let position = match up_to {
-        None if last == after => return Ok(last),
-        None => last,
-        Some(position) if position == last && last > after => last,
-        Some(position)
-            if position > after && position < last && is_in_batch(projection, tenant, position) =>
-        {
+        None if batch.last == batch.after => return Ok(batch.last),
+        None => batch.last,
+        Some(position) => {
+            require_in_batch(projection, tenant, "up_to", position)?;
             position
         }
-        Some(position) => return Err(not_in_batch(position)),
     };
-    if !move_cursor(projection, tenant, position) {
-        return Err(Error::invalid(format!(
-            "up_to {position} is behind the cursor of projection \"{projection}\""
-        )));
+    if cursor::advance(projection, tenant, position) {
+        return Ok(position);
     }
-    Ok(position)
+    Err(Error::invalid(format!(
+        "up_to {position} is behind the cursor of projection \"{projection}\""
+    )))
 }
 
-/// Whether there is an event at the position that passes the projection's filter.
-fn is_in_batch(projection: &str, tenant: &str, position: Position) -> bool {
+/// The position must be that of an event of the batch that this transaction holds, exactly.
+pub fn require_in_batch(
+    projection: &str,
+    tenant: &str,
+    argument: &str,
+    position: Position,
+) -> Result<(), Error> {
     static EVENT: Plan = Plan::new(
         "SELECT FROM lockstep.events AS e, lockstep.projections AS p
          WHERE p.name = $1 AND e.tenant = $2 AND e.position = $3
            AND (p.aggregate_types IS NULL OR e.aggregate_type = ANY (p.aggregate_types))
            AND (p.event_types IS NULL OR e.event_type = ANY (p.event_types))",
     );
-    let args = [
-        Arg::from(projection),
-        Arg::from(tenant),
-        Arg::from(position),
-    ];
-    Spi::connect().read(&EVENT, At::Latest, &args).count() == 1
-}
-
-/// False if the cursor is already further.
-fn move_cursor(projection: &str, tenant: &str, position: Position) -> bool {
-    static UPSERT: Plan = Plan::new(
-        "INSERT INTO lockstep.projection_cursors AS c (projection, tenant, position, advanced_at)
-         VALUES ($1, $2, $3, pg_catalog.clock_timestamp())
-         ON CONFLICT (projection, tenant) DO UPDATE
-         SET position = EXCLUDED.position, advanced_at = EXCLUDED.advanced_at
-         WHERE c.position <= EXCLUDED.position",
-    );
-    let args = [
-        Arg::from(projection),
-        Arg::from(tenant),
-        Arg::from(position),
-    ];
-    Spi::connect().write(&UPSERT, &args).count() == 1
-}
-
-fn last_claim(projection: &str, tenant: &str) -> Option<(Outcome, bool)> {
-    CLAIMS.with_borrow(|claims| {
-        claims
-            .iter()
-            .rev()
-            .find(|claim| claim.projection == projection && claim.tenant == tenant)
-            .map(|claim| (claim.outcome, claim.more))
-    })
-}
-
-fn remember(request: &Request, outcome: Outcome, more: bool) {
-    let claim = Claim {
-        projection: request.projection.to_owned(),
-        tenant: request.tenant.to_owned(),
-        outcome,
-        more,
-        level: snapshot::current_level(),
+    let batch = held::batch(projection, tenant)?;
+    let in_bounds = position > batch.after && position <= batch.last;
+    let args = || {
+        [
+            Arg::from(projection),
+            Arg::from(tenant),
+            Arg::from(position),
+        ]
     };
-    let first = CLAIMS.with_borrow_mut(|claims| {
-        claims.push(claim);
-        claims.len() == 1
-    });
-    if first {
-        follow_transaction();
+    if in_bounds
+        && (position == batch.last || Spi::connect().read(&EVENT, At::Latest, &args()).count() == 1)
+    {
+        return Ok(());
     }
-}
-
-/// The claims live and die with the transaction and its savepoints, as the locks do.
-fn follow_transaction() {
-    for end in [
-        PgXactCallbackEvent::Commit,
-        PgXactCallbackEvent::Abort,
-        PgXactCallbackEvent::Prepare,
-    ] {
-        register_xact_callback(end, || CLAIMS.with_borrow_mut(Vec::clear));
-    }
-    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |level, _| {
-        CLAIMS.with_borrow_mut(|claims| claims.retain(|claim| claim.level != level));
-    });
-    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |level, parent| {
-        CLAIMS.with_borrow_mut(|claims| {
-            for claim in claims.iter_mut().filter(|claim| claim.level == level) {
-                claim.level = parent;
-            }
-        });
-    });
+    Err(Error::InvalidParameter {
+        message: format!(
+            "{argument} {position} is not the position of an event that this transaction claimed for projection \"{projection}\""
+        ),
+        detail: Some(format!(
+            "The claimed batch is after {}, up to {}.",
+            batch.after, batch.last
+        )),
+        hint: Some(
+            "Pass the position exactly as projection_claim returned it: as a decimal or as text, not as a float.",
+        ),
+    })
 }

@@ -10,7 +10,7 @@ use crate::spi::{Arg, Plan, Spi};
 pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
     static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
     // The tenant's head first, one descent a tenant, so that only the pairs that are behind are looked into.
-    static BEHIND: Plan = Plan::new(
+    static BEHIND: Plan = Plan::joining(
         "SELECT p.name, t.tenant, next.created_at
          FROM (SELECT t.tenant, t.horizon,
                       (SELECT e.position FROM lockstep.events AS e
@@ -24,7 +24,10 @@ pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, S
                                AND e.position > COALESCE(c.position, p.start_after)
                                AND e.position <= t.horizon
                              ORDER BY e.position LIMIT 1) AS next
+         LEFT JOIN lockstep.projection_pauses AS x ON x.projection = p.name AND x.tenant = t.tenant
          WHERE ($3::text[] IS NULL OR p.name = ANY ($3)) AND COALESCE(c.position, p.start_after) < t.head
+           AND NOT COALESCE(x.paused, p.paused)
+           AND NOT COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false)
          ORDER BY next.created_at, next.position, p.name",
     );
     snapshot::require_primary("projection_due")?;

@@ -1,0 +1,168 @@
+//! What the running transaction has claimed. It is kept in the backend's memory and follows the transaction's end and its
+//! savepoints exactly as the locks do: rolling back past a claim forgets the claim and releases its lock.
+
+use pgrx::{
+    PgSubXactCallbackEvent, PgXactCallbackEvent, pg_sys, register_subxact_callback,
+    register_xact_callback,
+};
+use std::cell::{Cell, RefCell};
+
+use crate::error::Error;
+use crate::position::Position;
+use crate::snapshot;
+
+/// How a claim went, or what became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A batch: the events after `after` that pass the filter, up to and with the one at `last`.
+    Claimed {
+        after: Position,
+        last: Position,
+    },
+    /// The lock, but no event; the cursor is at `position`.
+    None {
+        position: Position,
+    },
+    /// Another transaction has the lock, or all places are taken.
+    Busy,
+    Paused,
+    /// An event failed a short time ago.
+    Backoff,
+    /// An event of the batch failed and is to be retried.
+    Failed,
+    /// The definition was changed or dropped, or the cursor reset, after the claim.
+    Forgotten,
+}
+
+impl Outcome {
+    /// The word that projection_claim_state returns.
+    pub fn status(self) -> &'static str {
+        match self {
+            Outcome::Claimed { .. } => "claimed",
+            Outcome::None { .. } | Outcome::Failed | Outcome::Forgotten => "none",
+            Outcome::Busy => "busy",
+            Outcome::Paused => "paused",
+            Outcome::Backoff => "backoff",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Claim {
+    pub outcome: Outcome,
+    /// Events were left within the claim's bounds.
+    pub more: bool,
+}
+
+/// The bounds of a claimed batch; equal if it is empty.
+pub struct Batch {
+    pub after: Position,
+    pub last: Position,
+}
+
+struct Entry {
+    projection: String,
+    tenant: String,
+    claim: Claim,
+    /// The subtransaction that made it.
+    level: pg_sys::SubTransactionId,
+}
+
+thread_local! {
+    /// The running transaction's claims, oldest first.
+    static CLAIMS: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
+    /// Whether the running transaction's end and savepoints are followed already.
+    static FOLLOWING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This transaction's last claim of the projection for the tenant.
+pub fn last_claim(projection: &str, tenant: &str) -> Option<Claim> {
+    CLAIMS.with_borrow(|claims| {
+        claims
+            .iter()
+            .rev()
+            .find(|entry| entry.projection == projection && entry.tenant == tenant)
+            .map(|entry| entry.claim)
+    })
+}
+
+/// The batch that this transaction holds, else LS002.
+pub fn batch(projection: &str, tenant: &str) -> Result<Batch, Error> {
+    let detail = match last_claim(projection, tenant).map(|claim| claim.outcome) {
+        Some(Outcome::Claimed { after, last }) => return Ok(Batch { after, last }),
+        Some(Outcome::None { position }) => {
+            return Ok(Batch {
+                after: position,
+                last: position,
+            });
+        }
+        Some(Outcome::Busy) => "Its last claim found the projection busy.",
+        Some(Outcome::Paused) => "Its last claim found the projection paused.",
+        Some(Outcome::Backoff) => "Its last claim found the projection waiting to retry an event.",
+        Some(Outcome::Failed) => "It has already failed the claim.",
+        Some(Outcome::Forgotten) => "The projection was changed after the claim.",
+        None => "It made none, or rolled back past it.",
+    };
+    Err(Error::ClaimNotHeld {
+        projection: projection.to_owned(),
+        tenant: tenant.to_owned(),
+        detail,
+    })
+}
+
+/// Replaces what the same subtransaction knew of the projection and tenant.
+pub fn remember(projection: &str, tenant: &str, outcome: Outcome, more: bool) {
+    let level = snapshot::current_level();
+    CLAIMS.with_borrow_mut(|claims| {
+        claims.retain(|entry| {
+            entry.level != level || entry.projection != projection || entry.tenant != tenant
+        });
+        claims.push(Entry {
+            projection: projection.to_owned(),
+            tenant: tenant.to_owned(),
+            claim: Claim { outcome, more },
+            level,
+        });
+    });
+    if !FOLLOWING.replace(true) {
+        follow_transaction();
+    }
+}
+
+/// After this the transaction holds no claim on the projection; `tenant` None: in any tenant.
+pub fn forget(projection: &str, tenant: Option<&str>) {
+    let tenants: Vec<String> = CLAIMS.with_borrow(|claims| {
+        claims
+            .iter()
+            .filter(|entry| entry.projection == projection)
+            .map(|entry| entry.tenant.clone())
+            .filter(|of_entry| tenant.is_none_or(|tenant| tenant == of_entry))
+            .collect()
+    });
+    for tenant in tenants {
+        remember(projection, &tenant, Outcome::Forgotten, false);
+    }
+}
+
+fn follow_transaction() {
+    for end in [
+        PgXactCallbackEvent::Commit,
+        PgXactCallbackEvent::Abort,
+        PgXactCallbackEvent::Prepare,
+    ] {
+        register_xact_callback(end, || {
+            CLAIMS.with_borrow_mut(Vec::clear);
+            FOLLOWING.set(false);
+        });
+    }
+    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |level, _| {
+        CLAIMS.with_borrow_mut(|claims| claims.retain(|entry| entry.level != level));
+    });
+    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |level, parent| {
+        CLAIMS.with_borrow_mut(|claims| {
+            for entry in claims.iter_mut().filter(|entry| entry.level == level) {
+                entry.level = parent;
+            }
+        });
+    });
+}

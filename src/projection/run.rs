@@ -1,0 +1,256 @@
+//! Running a projection in the server: claim, apply with the handler, advance, all in the caller's transaction.
+//!
+//! The handler runs with the caller's rights and search_path; only the SQL of this extension runs as its owner. A batch is one
+//! subtransaction. If event i fails, that subtransaction is gone; the events before i are applied again in another one, which
+//! is kept, and i is recorded. So each event is applied at most once in what commits, and a failure costs no more than its own
+//! batch's work. More than 64 subtransactions that write would slow every snapshot in the server, so a run ends before that.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::claim::{self, Request};
+use super::cursor::{self, Projection};
+use super::failure::{self, Verdict};
+use super::held::{self, Outcome};
+use crate::error::Error;
+use crate::event_log::settle;
+use crate::position::Position;
+use crate::rights::{self, Procedure};
+use crate::spi::{EventTypes, Events, Spi};
+use crate::subtransaction::{self, Failure};
+
+/// How many subtransactions one run keeps at the most.
+const MAX_KEPT: usize = 60;
+
+/// A row of projection_run.
+pub struct Report {
+    pub status: &'static str,
+    pub processed: i64,
+    pub skipped: i64,
+    pub position: Position,
+    pub more: bool,
+}
+
+pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, Error> {
+    let deadline = max_duration.and_then(|duration| Instant::now().checked_add(duration));
+    let events = rights::as_extension_owner(|| claim::claim(request))?;
+    let definition =
+        rights::as_extension_owner(|| cursor::read(request.projection, request.tenant));
+    let claim = held::last_claim(request.projection, request.tenant);
+    let Some(claim) = claim else {
+        return Err(Error::UndefinedProjection(request.projection.to_owned()));
+    };
+    let definition = definition?;
+    let nothing = |status, more| Report {
+        status,
+        processed: 0,
+        skipped: 0,
+        position: definition.cursor,
+        more,
+    };
+    if definition.handler.is_none() {
+        return Err(Error::NoHandler(request.projection.to_owned()));
+    }
+    match claim.outcome {
+        Outcome::Claimed { .. } => {}
+        Outcome::None { .. } => return Ok(nothing("ok", claim.more)),
+        refused => return Ok(nothing(refused.status(), false)),
+    }
+    let Ok(handler) = Handler::of(request.projection, &definition) else {
+        pgrx::warning!(
+            "handler {} of projection \"{}\" does not exist",
+            definition.handler.unwrap_or_default(),
+            request.projection
+        );
+        return Ok(nothing("failed", true));
+    };
+    Run {
+        request,
+        handler: &handler,
+        events: &events,
+        deadline,
+        kept: 0,
+        skipped: 0,
+    }
+    .all(claim.more)
+}
+
+/// A handler, resolved for this call.
+pub struct Handler {
+    function: Procedure,
+    takes_array: bool,
+}
+
+impl Handler {
+    pub fn of(projection: &str, definition: &Projection) -> Result<Self, Error> {
+        let name = definition.handler.as_deref();
+        let name = name.ok_or_else(|| Error::NoHandler(projection.to_owned()))?;
+        Procedure::from_qualified_name(name)
+            .filter(|function| function.is_plain_function())
+            .map(|function| Handler {
+                takes_array: name.ends_with("lockstep.events[])"),
+                function,
+            })
+            .ok_or_else(|| Error::invalid(format!("handler {name} does not exist")))
+    }
+
+    /// Applies the events in a subtransaction, all or none.
+    pub fn apply(&self, events: &Events, rows: Range<usize>) -> Result<(), Failure> {
+        self.apply_until(events, rows, None)
+            .map(|_| ())
+            .map_err(|failed| failed.failure)
+    }
+
+    /// Applies the events in a subtransaction; a handler that takes one at a time stops after the one that passes the
+    /// deadline. Returns where it stopped.
+    fn apply_until(
+        &self,
+        events: &Events,
+        rows: Range<usize>,
+        deadline: Option<Instant>,
+    ) -> Result<usize, Failed> {
+        let reached = std::cell::Cell::new(rows.start);
+        let applied = subtransaction::run(|| {
+            settle::without_waiting(|| {
+                let spi = Spi::connect();
+                let types = EventTypes::look_up();
+                if self.takes_array {
+                    let call = spi.prepare_call(self.function, types.array);
+                    spi.call(&call, events.array(rows.clone()));
+                    return rows.end;
+                }
+                let call = spi.prepare_call(self.function, types.row);
+                for row in rows.clone() {
+                    reached.set(row);
+                    if let Some(event) = events.event(row) {
+                        spi.call(&call, event);
+                    }
+                    if is_over(deadline) {
+                        return row + 1;
+                    }
+                }
+                rows.end
+            })
+        });
+        applied.map_err(|failure| Failed {
+            at: reached.get(),
+            failure,
+        })
+    }
+}
+
+/// A failure, and the event that was being applied; for an array the first of it.
+struct Failed {
+    at: usize,
+    failure: Failure,
+}
+
+fn is_over(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
+}
+
+struct Run<'a> {
+    request: &'a Request<'a>,
+    handler: &'a Handler,
+    events: &'a Events,
+    deadline: Option<Instant>,
+    kept: usize,
+    skipped: usize,
+}
+
+/// Where an attempt ended.
+enum Step {
+    /// Everything before this event is applied; less than asked for if the time or the subtransactions ran out.
+    Reached(usize),
+    /// Everything before this event is applied, and it failed, alone.
+    Failed(usize, Failure),
+}
+
+impl Run<'_> {
+    fn all(mut self, more: bool) -> Result<Report, Error> {
+        let count = self.events.count();
+        let (mut next, mut status) = (0, "ok");
+        while next < count && !self.must_stop() {
+            match self.apply(next..count) {
+                Step::Reached(reached) => {
+                    next = reached;
+                }
+                Step::Failed(at, failure) => {
+                    next = at;
+                    if self.record(at, &failure)? == Verdict::Retry {
+                        status = "failed";
+                        break;
+                    }
+                    self.skipped += 1;
+                    next += 1;
+                }
+            }
+        }
+        let (projection, tenant) = (self.request.projection, self.request.tenant);
+        let position = rights::as_extension_owner(|| {
+            if status == "ok"
+                && let Some(last) = next.checked_sub(1)
+                && let Some(position) = self.events.position(last)
+            {
+                cursor::advance(projection, tenant, position);
+            }
+            Ok::<_, Error>(cursor::read(projection, tenant)?.cursor)
+        })?;
+        Ok(Report {
+            status,
+            processed: (next - self.skipped) as i64,
+            skipped: self.skipped as i64,
+            position,
+            more: more || next < count,
+        })
+    }
+
+    fn must_stop(&self) -> bool {
+        self.kept >= MAX_KEPT || (self.kept > 0 && is_over(self.deadline))
+    }
+
+    /// Applies the events, or as many as come before one that fails.
+    fn apply(&mut self, rows: Range<usize>) -> Step {
+        if self.must_stop() {
+            return Step::Reached(rows.start);
+        }
+        let failed = match self
+            .handler
+            .apply_until(self.events, rows.clone(), self.deadline)
+        {
+            Ok(reached) => {
+                self.kept += 1;
+                return Step::Reached(reached);
+            }
+            Err(failed) => failed,
+        };
+        if rows.len() == 1 {
+            return Step::Failed(rows.start, failed.failure);
+        }
+        // An array does not tell which of its events failed: by halves.
+        let middle = if self.handler.takes_array {
+            rows.start + rows.len() / 2
+        } else {
+            failed.at
+        };
+        if middle > rows.start {
+            match self.apply(rows.start..middle) {
+                Step::Reached(reached) if reached == middle => {}
+                short => return short,
+            }
+        }
+        if self.handler.takes_array {
+            self.apply(middle..rows.end)
+        } else {
+            Step::Failed(middle, failed.failure)
+        }
+    }
+
+    fn record(&self, at: usize, failure: &Failure) -> Result<Verdict, Error> {
+        let (projection, tenant) = (self.request.projection, self.request.tenant);
+        let Some(position) = self.events.position(at) else {
+            return Ok(Verdict::Retry);
+        };
+        rights::as_extension_owner(|| failure::fail(projection, tenant, position, failure))
+    }
+}

@@ -1,0 +1,309 @@
+"""Every argument of every function: NULL, and what is no value for it."""
+
+import pytest
+from sessions import push, raises
+
+FUNCTIONS = """
+    SELECT p.proname, array(SELECT format_type(t, NULL) FROM unnest(p.proargtypes) WITH ORDINALITY AS a (t, n) ORDER BY n),
+           p.proargnames[1:p.pronargs], p.proisstrict, p.prokind
+    FROM pg_proc AS p
+    JOIN pg_depend AS d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'
+    JOIN pg_extension AS e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND e.extname = 'lockstep'
+    ORDER BY 1
+"""
+
+# An expression that is valid wherever the argument occurs, by name.
+VALID = {
+    "aggregate_id": "'one'",
+    "aggregate_type": "'order'",
+    "aggregate_types": "ARRAY['order']",
+    "after": "0",
+    "after_sequence": "0",
+    "barrier": "true",
+    "batch_size": "10",
+    "event_type": "'added'",
+    "event_types": "ARRAY['added']",
+    "events": """'[{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}]'""",
+    "expected_sequence": "2",
+    "handler": "'public.handle(lockstep.events)'",
+    "if_not_exists": "true",
+    "max_events": "1",
+    "max_failures": "5",
+    "max_position": "2",
+    "max_rows": "10",
+    "metadata": "'{}'",
+    "name": "'p'",
+    "names": "ARRAY['p']",
+    "owner": "current_user",
+    "payload": "'{}'",
+    "retry_after": "'1 second'",
+    "start_after": "0",
+    "tenant": "''",
+    "up_to": "2",
+    "wait": "false",
+}
+
+# Where NULL has a meaning, as the reference says.
+MEANS_SOMETHING = {
+    "aggregate_events": {"max_events"},
+    "projection_advance": {"up_to"},
+    "projection_alter": {
+        "aggregate_types",
+        "batch_size",
+        "event_types",
+        "handler",
+        "max_failures",
+        "retry_after",
+    },
+    "projection_claim": {"max_events", "max_position"},
+    "projection_create": {"aggregate_types", "event_types", "handler", "start_after"},
+    "projection_due": {"names"},
+    "push_event": {"expected_sequence", "metadata", "payload"},
+    "read_events": {"aggregate_types", "event_types"},
+}
+
+BEFORE = {"projection_advance": "SELECT * FROM lockstep.projection_claim('p')"}
+
+
+@pytest.fixture
+def session(db):
+    """A session in a database with two events, the projection `p` and a handler."""
+    connection = db.connect()
+    connection.execute(
+        """
+        SELECT lockstep.projection_create('p');
+        CREATE FUNCTION public.handle(lockstep.events) RETURNS void LANGUAGE sql AS '';
+        CREATE FUNCTION public.mishandle(int) RETURNS void LANGUAGE sql AS '';
+        """
+    )
+    push(connection, "one")
+    push(connection, "one")
+    return connection
+
+
+def functions(connection):
+    rows = connection.execute(FUNCTIONS).fetchall()
+    assert len(rows) >= 14
+    return rows
+
+
+def run(session, name, types, values):
+    """Calls the function positionally, in a transaction that is rolled back; returns its rows."""
+    arguments = ", ".join(f"({value})::{type_}" for value, type_ in zip(values, types, strict=True))
+    with session.transaction(force_rollback=True):
+        if name in BEFORE:
+            session.execute(BEFORE[name])
+        return session.execute(f"SELECT * FROM lockstep.{name}({arguments})").fetchall()
+
+
+def test_no_function_is_strict_and_none_is_overloaded(session):
+    rows = functions(session)
+    assert [name for name, _, _, strict, _ in rows if strict] == []
+    assert len({name for name, *_ in rows}) == len(rows)
+
+
+def test_every_argument_has_a_name_that_needs_no_quotes(session):
+    names = {argument for _, _, arguments, *_ in functions(session) for argument in arguments or []}
+    for name in names:
+        session.execute(f"CREATE FUNCTION pg_temp.takes({name} int) RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        session.execute(f"SELECT pg_temp.takes({name} => 1)")
+        session.execute("DROP FUNCTION pg_temp.takes")
+
+
+def test_null_for_any_argument_is_22004_naming_it_or_has_its_documented_meaning(session):
+    problems, tried = [], 0
+    for function, types, names, _, kind in functions(session):
+        if kind != "f":
+            continue
+        unknown = [name for name in names or [] if name not in VALID]
+        assert not unknown, f"{function}: add a valid value for {unknown} to this test"
+        valid = [VALID[name] for name in names or []]
+        returned = run(session, function, types, valid)
+        if any(row[0] is None for row in returned):
+            problems.append(f"{function} with valid arguments returned {returned}")
+        for place, name in enumerate(names or []):
+            tried += 1
+            values = [*valid[:place], "NULL", *valid[place + 1 :]]
+            documented = name in MEANS_SOMETHING.get(function, ())
+            try:
+                returned = run(session, function, types, values)
+            except Exception as error:
+                state, text = error.diag.sqlstate, error.diag.message_primary
+                if documented or state != "22004" or f'"{name}"' not in text:
+                    problems.append(f"{function}({name} => NULL) raised {state}: {text}")
+            else:
+                if not documented or any(row[0] is None for row in returned):
+                    problems.append(f"{function}({name} => NULL) returned {returned}")
+    assert problems == []
+    assert tried >= 50
+
+
+def test_a_null_in_an_array_of_names_is_refused(session):
+    for query in (
+        "SELECT lockstep.read_events(aggregate_types => ARRAY['a', NULL])",
+        "SELECT lockstep.read_events(event_types => ARRAY[NULL]::text[])",
+        "SELECT lockstep.projection_create('n', aggregate_types => ARRAY[NULL, 'a'])",
+        "SELECT lockstep.projection_alter('p', event_types => ARRAY[NULL]::text[])",
+        "SELECT lockstep.projection_due(ARRAY['p', NULL])",
+    ):
+        with raises("22023"):
+            session.execute(query)
+
+
+LONG = "repeat('x', 801)"
+
+BAD = [
+    ("push_event('', 'one', 'added')", "aggregate_type"),
+    ("push_event('order', '', 'added')", "aggregate_id"),
+    ("push_event('order', 'one', '')", "event_type"),
+    (f"push_event({LONG}, 'one', 'added')", "aggregate_type"),
+    (f"push_event('order', {LONG}, 'added')", "aggregate_id"),
+    (f"push_event('order', 'one', {LONG})", "event_type"),
+    (f"push_event('order', 'one', 'added', tenant => {LONG})", "tenant"),
+    ("push_event('order', 'one', 'added', expected_sequence => -1)", "expected_sequence"),
+    (f"barrier({LONG})", "tenant"),
+    (f"horizon({LONG})", "tenant"),
+    ("read_events(after => -1)", "after"),
+    ("read_events(after => 1.0000001)", "after"),
+    ("read_events(after => 'NaN')", "after"),
+    ("read_events(after => 'Infinity')", "after"),
+    ("read_events(after => 9223372036854775808)", "after"),
+    ("read_events(after => 1e40)", "after"),
+    ("read_events(after => 1.00000000000000000000000000000000000000000000000000000000001)", "after"),
+    ("read_events(max_events => 0)", "max_events"),
+    ("read_events(max_events => -1)", "max_events"),
+    ("read_events(aggregate_types => ARRAY[''])", "aggregate_types"),
+    (f"read_events(event_types => ARRAY[{LONG}])", "event_types"),
+    ("aggregate_events('', 'one')", "aggregate_type"),
+    ("aggregate_events('order', '')", "aggregate_id"),
+    ("aggregate_events('order', 'one', after_sequence => -1)", "after_sequence"),
+    ("aggregate_events('order', 'one', max_events => 0)", "max_events"),
+    ("projection_create('')", "name"),
+    (f"projection_create({LONG})", "name"),
+    ("projection_create('n', batch_size => 0)", "batch_size"),
+    ("projection_create('n', max_failures => 0)", "max_failures"),
+    ("projection_create('n', retry_after => '-1 second')", "retry_after"),
+    ("projection_create('n', retry_after => '1 day -1 second')", "retry_after"),
+    ("projection_create('n', start_after => -1)", "start_after"),
+    ("projection_create('n', handler => 'public.mishandle(int)')", "handler"),
+    ("projection_create('n', event_types => ARRAY[''])", "event_types"),
+    ("projection_alter('')", "name"),
+    ("projection_alter('p', batch_size => 0)", "batch_size"),
+    ("projection_alter('p', max_failures => -1)", "max_failures"),
+    ("projection_alter('p', retry_after => '-1 month')", "retry_after"),
+    ("projection_alter('p', handler => 'public.mishandle(int)')", "handler"),
+    ("projection_drop('')", "name"),
+    ("projection_owner('', current_user::regrole)", "name"),
+    ("projection_owner('p', 0::regrole)", "owner"),
+    ("projection_claim('')", "name"),
+    ("projection_claim('p', max_events => 0)", "max_events"),
+    ("projection_claim('p', max_position => -1)", "max_position"),
+    ("projection_claim('p', max_position => 0.0000001)", "max_position"),
+    (f"projection_claim('p', tenant => {LONG})", "tenant"),
+    ("projection_claim_state('')", "name"),
+    ("projection_advance('')", "name"),
+    ("projection_advance('p', up_to => -1)", "up_to"),
+    ("projection_advance('p', up_to => 'NaN')", "up_to"),
+    ("projection_due(max_rows => 0)", "max_rows"),
+    ("projection_due(ARRAY[''])", "names"),
+]
+
+
+@pytest.mark.parametrize("expression, argument", BAD, ids=[expression[:60] for expression, _ in BAD])
+def test_a_bad_argument_is_22023_naming_it(session, expression, argument):
+    with raises("22023") as caught:
+        session.execute(f"SELECT * FROM lockstep.{expression}")
+    assert argument in caught.value.diag.message_primary
+
+
+def test_an_infinite_interval_is_no_duration(session):
+    if session.info.server_version < 170000:
+        pytest.skip("intervals are finite before PostgreSQL 17")
+    for value in ("infinity", "-infinity"):
+        with raises("22023"):
+            session.execute("SELECT lockstep.projection_create('n', retry_after => %s)", (value,))
+
+
+GOOD = '{"aggregate_type": "order", "aggregate_id": "two", "event_type": "added"}'
+
+
+@pytest.mark.parametrize(
+    "events, named",
+    [
+        ("{}", ["array"]),
+        ("[]", ["array"]),
+        ("null", ["array"]),
+        ("1", ["array"]),
+        ("[1]", ["event 0"]),
+        (f"[{GOOD}, null]", ["event 1"]),
+        (f"[{GOOD}, []]", ["event 1"]),
+        (f"[{GOOD}, {{}}]", ["event 1"]),
+        (f'[{GOOD}, {GOOD[:-1]}, "version": 1}}]', ["event 1", '"version"']),
+        (f'[{GOOD[:-1]}, "Payload": 1}}]', ["event 0", '"Payload"']),
+        ('[{"aggregate_id": "a", "event_type": "t"}]', ["event 0", '"aggregate_type"']),
+        ('[{"aggregate_type": "order", "event_type": "t"}]', ["event 0", '"aggregate_id"']),
+        ('[{"aggregate_type": "order", "aggregate_id": "a"}]', ["event 0", '"event_type"']),
+        ('[{"aggregate_type": "", "aggregate_id": "a", "event_type": "t"}]', ["event 0", '"aggregate_type"']),
+        ('[{"aggregate_type": "order", "aggregate_id": 7, "event_type": "t"}]', ["event 0", '"aggregate_id"']),
+        ('[{"aggregate_type": "order", "aggregate_id": "a", "event_type": null}]', ["event 0", '"event_type"']),
+        (f'[{GOOD[:-1]}, "expected_sequence": -1}}]', ["event 0", '"expected_sequence"']),
+        (f'[{GOOD[:-1]}, "expected_sequence": 1.5}}]', ["event 0", '"expected_sequence"']),
+        (f'[{GOOD[:-1]}, "expected_sequence": "1"}}]', ["event 0", '"expected_sequence"']),
+        (f'[{GOOD[:-1]}, "expected_sequence": null}}]', ["event 0", '"expected_sequence"']),
+        (f'[{GOOD[:-1]}, "expected_sequence": 9223372036854775808}}]', ["event 0", '"expected_sequence"']),
+        (f'[{GOOD[:-1]}, "event_id": "x"}}]', ["event 0", '"event_id"']),
+        (f'[{GOOD[:-1]}, "event_id": 1}}]', ["event 0", '"event_id"']),
+        (f'[{GOOD[:-1]}, "unique": {{}}}}]', ["event 0", '"unique"']),
+        (f'[{GOOD[:-1]}, "unique": [1]}}]', ["event 0", '"unique"']),
+        (f'[{GOOD[:-1]}, "unique": [{{"op": "add", "scope": "s"}}]}}]', ["event 0", '"unique"']),
+        (f'[{GOOD[:-1]}, "unique": [{{"op": "put", "scope": "s", "value": "v"}}]}}]', ["event 0", '"unique"']),
+        (f'[{GOOD[:-1]}, "unique": [{{"op": "add", "scope": "", "value": "v"}}]}}]', ["event 0", '"unique"']),
+        (
+            f'[{GOOD[:-1]}, "unique": [{{"op": "add", "scope": "s", "value": "v", "x": 1}}]}}]',
+            ["event 0", '"unique"'],
+        ),
+    ],
+)
+def test_a_bad_array_of_events_is_22023_naming_the_element_and_the_key_and_pushes_nothing(session, events, named):
+    with raises("22023") as caught:
+        session.execute("SELECT * FROM lockstep.push_events(%s)", (events,))
+    for part in named:
+        assert part in caught.value.diag.message_primary
+    assert session.execute("SELECT count(*) FROM lockstep.events").fetchone() == (2,)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "projection_claim('unknown')",
+        "projection_claim('unknown', wait => true)",
+        "projection_drop('unknown')",
+        "projection_alter('unknown')",
+        "projection_owner('unknown', current_user::regrole)",
+        "projection_due(ARRAY['p', 'unknown'])",
+    ],
+)
+def test_an_unknown_projection_is_42704_naming_it(session, expression):
+    with raises("42704") as caught:
+        session.execute(f"SELECT * FROM lockstep.{expression}")
+    assert '"unknown"' in caught.value.diag.message_primary
+
+
+def test_a_projection_that_exists_is_42710_unless_that_is_allowed(session):
+    with raises("42710") as caught:
+        session.execute("SELECT lockstep.projection_create('p')")
+    assert "if_not_exists" in caught.value.diag.message_hint
+    assert session.execute("SELECT lockstep.projection_create('p', if_not_exists => true)").fetchone() == (False,)
+    assert session.execute("SELECT lockstep.projection_create('q', if_not_exists => true)").fetchone() == (True,)
+
+
+def test_a_json_value_of_any_kind_is_kept_exactly(session):
+    number = "123456789012345678901234567890.123456789"
+    session.execute(
+        "SELECT * FROM lockstep.push_event('order', 'one', 'added', payload => %s, metadata => %s)",
+        (f'{{"n": {number}, "u": "\\u00e9\\"", "nested": [[], {{}}, null, -0.0]}}', "null"),
+    )
+    row = session.execute(
+        "SELECT payload->>'n', payload->>'u', payload->'nested', metadata::text FROM lockstep.events ORDER BY position DESC LIMIT 1"
+    ).fetchone()
+    assert row == (number, 'é"', [[], {}, None, 0.0], "null")

@@ -1,0 +1,233 @@
+"""Pushes and claims inside what transactions can be: prepared, deferred, with savepoints and exception blocks."""
+
+from psycopg.types.json import Jsonb
+from server import wait_for_lock_wait
+from sessions import call, claim_and_advance, drain, log, push, raises, start
+
+
+def test_a_deferred_trigger_that_pushes_at_commit_is_seen_though_a_claim_passed_in_between(db):
+    shop, other, worker = db.connect(), db.connect(), db.connect()
+    shop.execute(
+        """
+        SELECT lockstep.projection_create('p');
+        CREATE TABLE orders (id text PRIMARY KEY);
+        CREATE FUNCTION announce() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM lockstep.push_event('order', NEW.id, 'placed');
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER announce AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION announce();
+        """
+    )
+    shop.execute("BEGIN")
+    shop.execute("INSERT INTO orders VALUES ('one'), ('two')")
+    between = push(other)
+    assert claim_and_advance(worker) == [between]
+    shop.execute("COMMIT")
+    placed = log(worker)[1:]
+    assert len(placed) == 2 and min(placed) > between
+    assert drain(worker) == placed
+
+
+def test_many_sessions_whose_deferred_triggers_push_at_commit_lose_nothing(db):
+    sessions = [db.connect() for _ in range(6)]
+    worker = db.connect()
+    worker.execute(
+        """
+        SELECT lockstep.projection_create('p');
+        CREATE TABLE orders (id int);
+        CREATE FUNCTION announce() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM lockstep.push_event('order', NEW.id::text, 'placed');
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER announce AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION announce();
+        """
+    )
+
+    def place(session, first):
+        for n in range(first, first + 20):
+            session.execute("INSERT INTO orders VALUES (%s)", (n,))
+
+    running = [start(place, session, number * 20) for number, session in enumerate(sessions)]
+    seen = []
+    while not all(future.done() for future in running):
+        seen += claim_and_advance(worker, barrier=len(seen) % 2 == 0)
+    for future in running:
+        future.result(0)
+    seen += drain(worker)
+    assert seen == log(worker)
+    assert len(seen) == 120
+
+
+def test_a_prepared_push_holds_back_readers_until_it_is_committed(db):
+    writer, other, reader, observer = (db.connect() for _ in range(4))
+    observer.execute("SELECT lockstep.projection_create('p'), lockstep.projection_create('q')")
+    before = push(other)
+    writer.execute("BEGIN")
+    prepared = push(writer)
+    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    after = push(other)
+    assert claim_and_advance(reader, "p", barrier=False) == [before]
+    waiting = start(claim_and_advance, reader, "q")
+    assert wait_for_lock_wait(observer, reader.info.backend_pid)
+    assert claim_and_advance(observer, "p", barrier=False) == []
+    writer.execute(f"COMMIT PREPARED '{db.name}'")
+    assert waiting.result(30) == [before, prepared, after]
+    assert drain(observer, "p") == [prepared, after]
+
+
+def test_a_prepared_push_that_is_rolled_back_leaves_nothing(db):
+    writer, other, reader, observer = (db.connect() for _ in range(4))
+    observer.execute("SELECT lockstep.projection_create('p')")
+    writer.execute("BEGIN")
+    push(writer, "one")
+    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    after = push(other)
+    waiting = start(claim_and_advance, reader)
+    wait_for_lock_wait(observer, reader.info.backend_pid)
+    other.execute(f"ROLLBACK PREPARED '{db.name}'")
+    assert waiting.result(30) == [after]
+    with observer.transaction():
+        rows = call(observer, "push_event", aggregate_type="order", aggregate_id="one", event_type="added")
+    assert rows[0][1] == 1
+
+
+def test_a_prepared_push_holds_back_readers_after_a_restart_too(cluster, new_database):
+    own = cluster()
+    database = new_database(own, "prepared")
+    session = database.connect()
+    session.execute("SELECT lockstep.projection_create('p')")
+    before = push(session)
+    session.execute("BEGIN")
+    prepared = push(session, "one")
+    session.execute("PREPARE TRANSACTION 'held'")
+    own.restart()
+    session, reader, observer = database.connect(), database.connect(), database.connect()
+    after = push(session)
+    assert claim_and_advance(session, barrier=False) == [before]
+    waiting = start(claim_and_advance, reader)
+    assert wait_for_lock_wait(observer, reader.info.backend_pid)
+    session.execute("COMMIT PREPARED 'held'")
+    assert waiting.result(30) == [prepared, after]
+
+
+def test_a_push_in_an_exception_block_that_rolls_back_is_no_push(db):
+    session = db.connect()
+    session.execute("SELECT lockstep.projection_create('p')")
+    session.execute(
+        """
+        DO $$
+        BEGIN
+            PERFORM lockstep.push_event('order', 'one', 'first');
+            BEGIN
+                PERFORM lockstep.push_event('order', 'one', 'undone');
+                PERFORM lockstep.push_event('order', 'two', 'undone');
+                RAISE EXCEPTION 'changed my mind';
+            EXCEPTION WHEN raise_exception THEN
+                NULL;
+            END;
+            PERFORM lockstep.push_event('order', 'one', 'last');
+        END $$
+        """
+    )
+    rows = session.execute(
+        "SELECT aggregate_id, sequence, event_type FROM lockstep.events ORDER BY position"
+    ).fetchall()
+    assert rows == [("one", 1, "first"), ("one", 2, "last")]
+    assert drain(session) == log(session)
+
+
+def test_nobody_waits_for_a_push_that_was_rolled_back_to_a_savepoint(db):
+    writer, other = db.connect(), db.connect(options="-c statement_timeout=20s")
+    other.execute("SELECT lockstep.projection_create('p')")
+    writer.execute("BEGIN")
+    writer.execute("SAVEPOINT before")
+    push(writer, "one")
+    writer.execute("ROLLBACK TO before")
+    after = push(other, "one")
+    assert claim_and_advance(other) == [after]
+    assert call(other, "horizon") == [(after,)]
+    later = push(writer, "two")
+    writer.execute("COMMIT")
+    assert drain(other) == [later]
+
+
+def test_a_push_in_a_savepoint_that_is_released_counts_from_its_own_start(db):
+    writer, other, reader, observer = (db.connect() for _ in range(4))
+    observer.execute("SELECT lockstep.projection_create('p'), lockstep.projection_create('q')")
+    writer.execute("BEGIN")
+    with writer.transaction():
+        first = push(writer)
+    after = push(other)
+    with writer.transaction():
+        last = push(writer)
+    assert first < after < last
+    assert claim_and_advance(reader, barrier=False) == []
+    waiting = start(claim_and_advance, reader, "q")
+    wait_for_lock_wait(observer, reader.info.backend_pid)
+    writer.execute("COMMIT")
+    assert waiting.result(30) == [first, after, last]
+    assert drain(observer) == [first, after, last]
+
+
+def test_plpgsql_catches_a_sequence_conflict_by_its_sqlstate_with_its_fields(db):
+    session = db.connect()
+    push(session, "one")
+    session.execute(
+        """
+        CREATE FUNCTION try_push(OUT state text, OUT message text, OUT detail text, OUT hint text) LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM lockstep.push_event('order', 'one', 'added', expected_sequence => 5);
+        EXCEPTION WHEN SQLSTATE 'LS001' THEN
+            GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
+                detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+        END $$
+        """
+    )
+    state, message, detail, hint = session.execute("SELECT * FROM try_push()").fetchone()
+    assert state == "LS001"
+    assert message == 'aggregate "order/one" is at sequence 1, expected 5'
+    assert detail == "Actual sequence 1, expected 5."
+    assert hint
+
+
+def test_plpgsql_catches_a_taken_key_as_unique_violation_with_its_constraint(db):
+    session = db.connect()
+    events = [
+        {
+            "aggregate_type": "user",
+            "aggregate_id": name,
+            "event_type": "registered",
+            "unique": [{"op": "add", "scope": "email", "value": "x@example.org"}],
+        }
+        for name in ("one", "two")
+    ]
+    call(session, "push_events", events=Jsonb(events[:1]))
+    session.execute(
+        """
+        CREATE FUNCTION try_push(events jsonb, OUT name text, OUT detail text) LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM lockstep.push_events(events);
+        EXCEPTION WHEN unique_violation THEN
+            GET STACKED DIAGNOSTICS name = CONSTRAINT_NAME, detail = PG_EXCEPTION_DETAIL;
+        END $$
+        """
+    )
+    name, detail = session.execute("SELECT * FROM try_push(%s)", (Jsonb(events[1:]),)).fetchone()
+    assert name == "unique_keys_pkey"
+    assert detail == "Key (tenant, scope, value)=(, email, x@example.org) already exists."
+
+
+def test_an_error_inside_a_transaction_aborts_it_as_any_error_does(db):
+    session = db.connect()
+    session.execute("BEGIN")
+    push(session, "one")
+    with raises("LS001"):
+        push(session, "one", expected_sequence=0)
+    with raises("25P02"):
+        push(session, "one")
+    session.execute("ROLLBACK")
+    assert log(session) == []
