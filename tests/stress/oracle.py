@@ -1,14 +1,15 @@
-"""The stress oracle: random writers, concurrent readers, and at the end the question whether each reader saw what was committed.
+"""The stress oracle: random writers, concurrent readers, and whether each reader saw what was committed.
 
 By hand, against a database with the extension in it:
 
     python tests/stress/oracle.py --seconds 300 --dsn "host=/tmp dbname=scratch user=postgres"
 
-Writers hold transactions open for random times, push several times in one, roll back, use savepoints, and are killed. Readers
-insert what they see into a table in the transaction that moves their cursor, so nothing but the reading protocol decides what is in
-it. Every reader's table must hold exactly what is in the log, once, in order, and the log exactly what writers committed.
+Writers hold transactions open for random times, push several times in one, roll back, use savepoints, and are
+killed. Readers insert what they see into a table in the transaction that moves their cursor, so nothing but the reading
+protocol decides what is in it. Every reader's table must hold exactly what is in the log, once, in order, and the log
+exactly what writers committed.
 
-The modes `naive` and `early_snapshot` replace the readers by protocols that lose events; they show that the oracle can tell.
+The modes `naive` and `early_snapshot` replace the readers by protocols that lose events; they show that it can tell.
 """
 
 import argparse
