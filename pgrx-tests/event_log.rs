@@ -502,4 +502,33 @@ mod tests {
             "ordera,orderb,echoa,echob"
         );
     }
+
+    #[pg_test]
+    fn null_elements_of_a_filter_are_null_values() {
+        assert_eq!(
+            sqlstate("SELECT lockstep.read_events(event_types => ARRAY['x', NULL])"),
+            "22004"
+        );
+    }
+
+    #[pg_test]
+    fn only_the_documented_form_of_an_operation_is_taken() {
+        for operation in [
+            r#"["add","s","v"]"#,
+            r#"{"op":{"add":null},"scope":"s","value":"v"}"#,
+        ] {
+            assert_eq!(
+                sqlstate(&push(&event("a", &format!(r#","unique":[{operation}]"#)))),
+                "22023"
+            );
+        }
+        let error = raised(&push(&event(
+            "a",
+            r#","unique":[{"op":"add","scope":"s","value":"v"},{"op":"put"}]"#,
+        )));
+        assert_eq!(
+            error.message,
+            r#"event 0: key "unique" [1]: op "put" is neither "add" nor "remove""#
+        );
+    }
 }

@@ -374,4 +374,92 @@ mod tests {
             "42704"
         );
     }
+
+    /// The functions that run with the caller's rights and switch to the owner's must not find the caller's operators.
+    #[pg_test]
+    fn operators_of_the_caller_are_not_run_with_the_owners_rights() {
+        run("CREATE ROLE ls_mallory; GRANT USAGE ON SCHEMA lockstep TO ls_mallory");
+        run("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA lockstep TO ls_mallory");
+        run("CREATE SCHEMA evil AUTHORIZATION ls_mallory");
+        run("SET LOCAL ROLE ls_mallory");
+        run(
+            "CREATE FUNCTION evil.eq(a text, b text) RETURNS boolean LANGUAGE plpgsql AS $$
+             BEGIN RAISE EXCEPTION 'the caller''s operator ran as %', current_user; END $$",
+        );
+        run("CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.eq)");
+        run("CREATE DOMAIN evil.text AS pg_catalog.text CHECK (false)");
+        run("SET LOCAL search_path = evil, pg_catalog");
+        run("SELECT lockstep.projection_create('m', start_after => NULL)");
+        run("SELECT lockstep.projection_alter('m', batch_size => 5)");
+        run("SELECT lockstep.projection_owner('m', 'ls_mallory')");
+        run("SELECT lockstep.projection_drop('m')");
+        assert_eq!(
+            one::<String>("SELECT pg_catalog.current_setting('search_path')"),
+            "evil, pg_catalog"
+        );
+        assert_eq!(
+            one::<String>("SELECT current_user::pg_catalog.text"),
+            "ls_mallory"
+        );
+    }
+
+    #[pg_test]
+    fn a_projection_that_is_dropped_after_its_claim_leaves_no_cursor() {
+        run("SELECT lockstep.projection_create('p')");
+        claim("");
+        run("SELECT lockstep.projection_drop('p')");
+        assert_eq!(
+            raised("SELECT lockstep.projection_advance('p')").detail,
+            "The projection was altered or dropped after the claim."
+        );
+    }
+
+    #[pg_test]
+    fn a_cursor_that_was_left_over_is_not_taken_for_a_new_projections() {
+        run("INSERT INTO lockstep.projection_cursors VALUES ('p', '', 1000000, now())");
+        push("a", 1);
+        run("SELECT lockstep.projection_create('p')");
+        assert_eq!(claim(""), "a1");
+    }
+
+    #[pg_test]
+    fn a_handler_that_is_no_plain_function_is_refused() {
+        run("CREATE PROCEDURE public.does(e lockstep.events) LANGUAGE sql AS ''");
+        for handler in ["'public.does(lockstep.events)'", "999999::regprocedure"] {
+            assert_eq!(
+                sqlstate(&format!(
+                    "SELECT lockstep.projection_create('p', handler => {handler})"
+                )),
+                "22023"
+            );
+        }
+    }
+
+    #[pg_test]
+    fn retry_after_is_judged_by_its_length() {
+        run("SELECT lockstep.projection_create('p', retry_after => '1 day -1 hour')");
+        for retry_after in ["'-1 s'", "'-1 day 1 hour'"] {
+            assert_eq!(
+                sqlstate(&format!(
+                    "SELECT lockstep.projection_create('q', retry_after => {retry_after})"
+                )),
+                "22023"
+            );
+        }
+    }
+
+    #[pg_test]
+    fn claims_that_are_rolled_back_again_and_again_stay_cheap() {
+        run("SELECT lockstep.projection_create('p')");
+        run("DO $$ BEGIN
+                 FOR i IN 1..20000 LOOP
+                     BEGIN
+                         PERFORM lockstep.projection_claim('p');
+                         RAISE EXCEPTION 'undo';
+                     EXCEPTION WHEN raise_exception THEN NULL;
+                     END;
+                 END LOOP;
+             END $$");
+        assert_eq!(sqlstate("SELECT lockstep.projection_advance('p')"), "LS002");
+    }
 }

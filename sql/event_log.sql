@@ -7,6 +7,9 @@ BEGIN
         OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = 'lockstep'::regnamespace)
         OR EXISTS (SELECT FROM pg_catalog.pg_operator WHERE oprnamespace = 'lockstep'::regnamespace)
         OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace = 'lockstep'::regnamespace)
+        OR EXISTS (SELECT
+                   FROM pg_catalog.pg_namespace AS n, pg_catalog.aclexplode(n.nspacl) AS a
+                   WHERE n.oid = 'lockstep'::regnamespace AND a.privilege_type = 'CREATE' AND a.grantee <> n.nspowner)
         OR NOT EXISTS (SELECT
                        FROM pg_catalog.pg_namespace AS n
                        JOIN pg_catalog.pg_roles AS r ON r.oid = n.nspowner
@@ -15,8 +18,17 @@ BEGIN
     THEN
         RAISE EXCEPTION 'schema "lockstep" is in use'
             USING ERRCODE = 'duplicate_schema',
-                  DETAIL = 'It holds objects that are not the extension''s, or belongs to a role that is not a superuser.',
+                  DETAIL = 'It holds objects, another role may create objects in it, or it belongs to a role that is not a superuser.',
                   HINT = 'Drop it; CREATE EXTENSION creates it.';
+    END IF;
+END
+$$;
+
+DO $$
+BEGIN
+    IF pg_catalog.current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII') THEN
+        RAISE EXCEPTION 'lockstep needs a database in encoding UTF8, not %', pg_catalog.current_setting('server_encoding')
+            USING ERRCODE = 'feature_not_supported';
     END IF;
 END
 $$;

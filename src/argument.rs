@@ -61,12 +61,18 @@ pub fn positive(argument: &'static str, value: i32) -> Result<i32, Error> {
 /// An interval that is finite and not negative.
 pub fn not_negative(argument: &'static str, value: Interval) -> Result<Interval, Error> {
     let infinite = value.months() == i32::MAX && value.days() == i32::MAX;
-    if infinite || value.months() < 0 || value.days() < 0 || value.micros() < 0 {
+    if infinite || microseconds(&value) < 0 {
         return Err(Error::invalid(format!(
             "{argument} must be finite and not negative"
         )));
     }
     Ok(value)
+}
+
+/// The length of an interval as PostgreSQL compares it: months of 30 days of 24 hours.
+fn microseconds(value: &Interval) -> i128 {
+    const DAY: i128 = 24 * 60 * 60 * 1_000_000;
+    (i128::from(value.months()) * 30 + i128::from(value.days())) * DAY + i128::from(value.micros())
 }
 
 /// A filter of names: NULL and the empty one let everything pass.
@@ -78,11 +84,7 @@ pub fn filter(
         .unwrap_or_default()
         .into_iter()
         .map(|name| {
-            let name = name.ok_or_else(|| Error::InvalidParameter {
-                message: format!("{argument} must not contain null"),
-                detail: None,
-                hint: None,
-            })?;
+            let name = name.ok_or(Error::NullElement(argument))?;
             not_empty(argument, &name)?;
             Ok(name)
         })

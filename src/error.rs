@@ -31,6 +31,8 @@ pub enum Error {
         hint: Option<&'static str>,
     },
     NullArgument(&'static str),
+    /// An array with a null in it.
+    NullElement(&'static str),
     /// A key that must be unique is taken; `key` reads as in PostgreSQL's own DETAIL.
     UniqueViolation {
         constraint: &'static str,
@@ -45,6 +47,8 @@ pub enum Error {
         function: &'static str,
         recovery: bool,
     },
+    /// A call of PostgreSQL's that does not fail in a healthy server.
+    Spi(&'static str),
     /// Under a transaction snapshot: what the push builds on was changed by a transaction that it cannot see.
     SerializationFailure(String),
     UndefinedProjection(String),
@@ -52,6 +56,10 @@ pub enum Error {
     NotOwner {
         projection: String,
         owner: String,
+    },
+    /// The caller may not give something to the role.
+    NotMember {
+        role: String,
     },
     TooManyEvents {
         given: usize,
@@ -61,11 +69,16 @@ pub enum Error {
         given: usize,
         limit: usize,
     },
-    /// The ticket sequence has handed out a ticket that is not above the tenant's log.
+    /// The ticket sequence stands below the tenant's log.
     TicketBehindLog {
-        ticket: i64,
+        value: i64,
         head: i64,
         tenant: String,
+    },
+    /// The ticket sequence has handed out a ticket that is not above its own value of before.
+    TicketNotAbove {
+        ticket: i64,
+        value: i64,
     },
 }
 
@@ -84,16 +97,17 @@ impl Error {
             Error::SequenceConflict { .. } => "LS001",
             Error::ClaimNotHeld { .. } => "LS002",
             Error::InvalidParameter { .. } => "22023",
-            Error::NullArgument(_) => "22004",
+            Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
             Error::NeedsReadCommitted(_) | Error::WaitsAfterPush(_) => "25000",
             Error::ReadOnly { .. } => "25006",
             Error::SerializationFailure(_) => "40001",
+            Error::Spi(_) => "XX000",
             Error::UndefinedProjection(_) => "42704",
             Error::DuplicateProjection(_) => "42710",
-            Error::NotOwner { .. } => "42501",
+            Error::NotOwner { .. } | Error::NotMember { .. } => "42501",
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
-            Error::TicketBehindLog { .. } => "55000",
+            Error::TicketBehindLog { .. } | Error::TicketNotAbove { .. } => "55000",
         }
     }
 
@@ -120,13 +134,23 @@ impl Error {
             Error::TooManyKeys { given, limit } => {
                 format!("Aggregates, unique keys and event ids given {given}, at most {limit}.")
             }
-            Error::TicketBehindLog { ticket, head, tenant } => {
-                format!("Ticket {ticket}, last ticket in the log of tenant \"{tenant}\" {head}.")
+            Error::TicketBehindLog {
+                value,
+                head,
+                tenant,
+            } => {
+                format!("Last ticket drawn {value}, last ticket in the log of tenant \"{tenant}\" {head}.")
+            }
+            Error::TicketNotAbove { ticket, value } => {
+                format!("Ticket drawn {ticket}, last ticket drawn before {value}.")
             }
             Error::NullArgument(_)
+            | Error::NullElement(_)
             | Error::ReadOnly { .. }
             | Error::UndefinedProjection(_)
-            | Error::DuplicateProjection(_) => return None,
+            | Error::DuplicateProjection(_)
+            | Error::NotMember { .. }
+            | Error::Spi(_) => return None,
         };
         Some(Cow::Owned(detail))
     }
@@ -159,10 +183,16 @@ impl Error {
             Error::TicketBehindLog { .. } => {
                 Some("SELECT lockstep.ticket_resync() sets the sequence above the log.")
             }
+            Error::TicketNotAbove { .. } => Some(
+                "ALTER SEQUENCE lockstep.ticket CACHE 1, then SELECT lockstep.ticket_resync().",
+            ),
             Error::UniqueViolation { .. }
             | Error::NullArgument(_)
+            | Error::NullElement(_)
             | Error::UndefinedProjection(_)
-            | Error::NotOwner { .. } => None,
+            | Error::NotOwner { .. }
+            | Error::NotMember { .. }
+            | Error::Spi(_) => None,
         }
     }
 
@@ -218,6 +248,8 @@ impl fmt::Display for Error {
             ),
             Error::InvalidParameter { message, .. } => f.write_str(message),
             Error::NullArgument(name) => write!(f, "argument \"{name}\" must not be null"),
+            Error::NullElement(name) => write!(f, "argument \"{name}\" must not contain null"),
+            Error::Spi(function) => write!(f, "{function} failed"),
             Error::UniqueViolation { constraint, .. } => {
                 write!(
                     f,
@@ -243,19 +275,23 @@ impl fmt::Display for Error {
                 recovery: false,
             } => write!(f, "cannot execute {function}() in a read-only transaction"),
             Error::SerializationFailure(_) => {
-                f.write_str("could not serialize access due to a concurrent push")
+                f.write_str("could not serialize access due to a concurrent change")
             }
             Error::UndefinedProjection(name) => write!(f, "projection \"{name}\" does not exist"),
             Error::DuplicateProjection(name) => write!(f, "projection \"{name}\" already exists"),
             Error::NotOwner { projection, .. } => {
                 write!(f, "must be owner of projection \"{projection}\"")
             }
+            Error::NotMember { role } => write!(f, "must be able to SET ROLE \"{role}\""),
             Error::TooManyEvents { .. } => f.write_str("too many events in one push"),
             Error::TooManyKeys { .. } => {
                 f.write_str("too many aggregates and unique keys in one push")
             }
             Error::TicketBehindLog { .. } => {
                 f.write_str("the ticket sequence is not above the event log")
+            }
+            Error::TicketNotAbove { .. } => {
+                f.write_str("the ticket sequence gave a ticket out of order")
             }
         }
     }

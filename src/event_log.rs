@@ -10,8 +10,9 @@ mod read;
 pub mod settle;
 mod unique;
 
-use pgrx::datum::TimestampWithTimeZone;
+use input::NewEvent;
 use pgrx::prelude::*;
+use push::Pushed;
 
 use crate::argument;
 use crate::error::{Error, OrRaise};
@@ -19,7 +20,7 @@ use crate::jsonb::Jsonb;
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot;
-use crate::spi::Events;
+use crate::spi::{Columns, Events, Table};
 
 pub use read::{Filter, Range, last_position, position_of_nth, scan};
 
@@ -32,39 +33,32 @@ pub use read::{Filter, Range, last_position, position_of_nth, scan};
 /// event stores since Greg Young's; the order of the locks is this extension's own.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
-#[allow(clippy::type_complexity)]
 fn push_events<'a>(
     events: Option<Jsonb<'a>>,
     tenant: default!(Option<&'a str>, "''"),
-) -> TableIterator<
-    'static,
-    (
-        name!(position, Position),
-        name!(aggregate_type, String),
-        name!(aggregate_id, String),
-        name!(sequence, i64),
-        name!(created_at, TimestampWithTimeZone),
-    ),
-> {
+) -> Table<PushedEvents> {
     let run = || {
         let tenant = argument::tenant(tenant)?;
         let events = input::parse(argument::required("events", events)?)?;
         let pushed = push::push("push_events", tenant, &events)?;
-        let rows: Vec<_> = pushed
-            .zip(&events)
-            .map(|(pushed, event)| {
-                (
-                    pushed.position,
-                    event.aggregate_type.to_owned(),
-                    event.aggregate_id.to_owned(),
-                    pushed.sequence,
-                    pushed.created_at,
-                )
-            })
-            .collect();
-        Ok::<_, Error>(rows)
+        let row = |(pushed, event): (Pushed, &NewEvent)| {
+            vec![
+                pushed.position.into_datum(),
+                event.aggregate_type.into_datum(),
+                event.aggregate_id.into_datum(),
+                pushed.sequence.into_datum(),
+                pushed.created_at.into_datum(),
+            ]
+        };
+        Ok::<_, Error>(Table::new(pushed.zip(&events).map(row).collect()))
     };
-    TableIterator::new(run().or_raise())
+    run().or_raise()
+}
+
+struct PushedEvents;
+
+impl Columns for PushedEvents {
+    const SQL: &'static str = "TABLE (\"position\" numeric, aggregate_type text, aggregate_id text, sequence bigint, created_at timestamptz)";
 }
 
 /// Appends one event. As `push_events` with one element: what it waits for and raises.
@@ -79,17 +73,10 @@ fn push_event<'a>(
     expected_sequence: default!(Option<i64>, "NULL"),
     metadata: default!(Option<Jsonb<'a>>, "NULL"),
     tenant: default!(Option<&'a str>, "''"),
-) -> TableIterator<
-    'static,
-    (
-        name!(position, Position),
-        name!(sequence, i64),
-        name!(created_at, TimestampWithTimeZone),
-    ),
-> {
+) -> Table<PushedEvent> {
     let run = || {
         let tenant = argument::tenant(tenant)?;
-        let event = input::NewEvent {
+        let event = NewEvent {
             aggregate_type: argument::name("aggregate_type", aggregate_type)?,
             aggregate_id: argument::name("aggregate_id", aggregate_id)?,
             event_type: argument::name("event_type", event_type)?,
@@ -102,12 +89,23 @@ fn push_event<'a>(
             unique: Vec::new(),
         };
         let pushed = push::push("push_event", tenant, std::slice::from_ref(&event))?;
-        let rows: Vec<_> = pushed
-            .map(|pushed| (pushed.position, pushed.sequence, pushed.created_at))
-            .collect();
-        Ok::<_, Error>(rows)
+        let row = |pushed: Pushed| {
+            vec![
+                pushed.position.into_datum(),
+                pushed.sequence.into_datum(),
+                pushed.created_at.into_datum(),
+            ]
+        };
+        Ok::<_, Error>(Table::new(pushed.map(row).collect()))
     };
-    TableIterator::new(run().or_raise())
+    run().or_raise()
+}
+
+struct PushedEvent;
+
+impl Columns for PushedEvent {
+    const SQL: &'static str =
+        "TABLE (\"position\" numeric, sequence bigint, created_at timestamptz)";
 }
 
 /// Waits until every transaction that is pushing events to the tenant now has ended, and returns the position of the last

@@ -1,6 +1,7 @@
-//! The settings. Their names begin with `lockstep.`; each can be set without the library being preloaded.
+//! The settings. Those of the extension begin with `lockstep.`; each can be set without the library being preloaded.
 
-use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
+use std::ffi::CStr;
 
 pub static MAX_AGGREGATES_PER_PUSH: GucSetting<i32> = GucSetting::<i32>::new(1000);
 pub static CLAIM_SCAN_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(100_000);
@@ -27,4 +28,39 @@ pub fn register() {
         GucContext::Userset,
         GucFlags::default(),
     );
+}
+
+/// Settings in force until dropped, as by a function's SET clause.
+pub struct Settings(i32);
+
+impl Settings {
+    pub fn set(settings: &[(&CStr, &CStr)]) -> Self {
+        // SAFETY: a nest level of settings, which drop ends; names and values are PostgreSQL's own.
+        unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            for (name, value) in settings {
+                pg_sys::set_config_option(
+                    name.as_ptr(),
+                    value.as_ptr(),
+                    pg_sys::GucContext::PGC_USERSET,
+                    pg_sys::GucSource::PGC_S_SESSION,
+                    pg_sys::GucAction::GUC_ACTION_SAVE,
+                    true,
+                    0,
+                    false,
+                );
+            }
+            Settings(level)
+        }
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        // While an error unwinds, the transaction's or subtransaction's abort restores the settings.
+        if !std::thread::panicking() {
+            // SAFETY: ends the nest level that `set` began.
+            unsafe { pg_sys::AtEOXact_GUC(true, self.0) };
+        }
+    }
 }

@@ -24,6 +24,8 @@ pub enum Value<'a> {
     /// As PostgreSQL prints it.
     Number(String),
     String(&'a str),
+    /// A string that is not UTF-8, from a database of another encoding.
+    NotUtf8,
     Array(Container<'a>),
     Object(Container<'a>),
 }
@@ -104,7 +106,7 @@ impl<'a> Element<'a> {
             match self.value.type_ {
                 pg_sys::jbvType::jbvBool => Value::Bool,
                 pg_sys::jbvType::jbvNumeric => Value::Number(numeric_text(self.value.val.numeric)),
-                pg_sys::jbvType::jbvString => Value::String(self.as_str().unwrap_or_default()),
+                pg_sys::jbvType::jbvString => self.as_str().map_or(Value::NotUtf8, Value::String),
                 pg_sys::jbvType::jbvBinary => {
                     let container = Container {
                         container: self.value.val.binary.data,

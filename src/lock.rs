@@ -29,7 +29,7 @@
 
 use pgrx::datum::IntoDatum;
 use pgrx::pg_sys;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -153,9 +153,23 @@ impl Tag {
 
     fn lock(self, mode: Mode, dont_wait: bool) -> bool {
         let tag = self.as_pg();
+        let _owner = LockOwner::subtransaction();
         // SAFETY: a filled tag of the advisory space, transaction scope, inside a transaction.
         let result = unsafe { pg_sys::LockAcquire(&tag, mode.as_pg(), false, dont_wait) };
         result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+    }
+
+    /// Waits, obeying lock_timeout, until the lock is this transaction's alone, at first without standing in the lock's queue:
+    /// whoever asks for it shared meanwhile need not wait for the holders that this waits for.
+    pub fn acquire_after_holders(self) {
+        const ROUNDS: usize = 10;
+        for _ in 0..ROUNDS {
+            if self.try_acquire(Mode::Exclusive) {
+                return;
+            }
+            wait_for_holders(self);
+        }
+        self.acquire(Mode::Exclusive);
     }
 
     pub fn is_held(self, mode: Mode) -> bool {
@@ -197,56 +211,80 @@ pub fn acquire_sorted(tags: HashSet<Tag>) {
 /// The barrier: waits for the end of every transaction that holds WRITER for the tenant now, prepared ones too, without a lock
 /// request of its own. Obeys lock_timeout (for each of them), statement_timeout and cancel. Shows as a wait for `virtualxid`.
 pub fn wait_for_writers(tenant: &str) {
-    let tag = Tag::writer(tenant).as_pg();
-    // SAFETY: a filled tag; the exclusive mode conflicts with the writers' shared one. Own locks are not waited for.
-    unsafe { pg_sys::WaitForLockers(tag, Mode::Exclusive.as_pg(), false) }
+    wait_for_holders(Tag::writer(tenant));
+}
+
+fn wait_for_holders(tag: Tag) {
+    // SAFETY: a filled tag; the exclusive mode conflicts with every other one. Own locks are not waited for.
+    unsafe { pg_sys::WaitForLockers(tag.as_pg(), Mode::Exclusive.as_pg(), false) }
+}
+
+/// Makes the subtransaction own the locks taken while this lives, not the portal. A portal that fails in a savepoint and is
+/// closed gives back what it owns, though rows that it wrote before the savepoint are still going to be committed.
+struct LockOwner(pg_sys::ResourceOwner);
+
+impl LockOwner {
+    fn subtransaction() -> Self {
+        // SAFETY: plain backend-local variables; the second is set inside every transaction.
+        unsafe {
+            let saved = pg_sys::CurrentResourceOwner;
+            pg_sys::CurrentResourceOwner = pg_sys::CurTransactionResourceOwner;
+            LockOwner(saved)
+        }
+    }
+}
+
+impl Drop for LockOwner {
+    fn drop(&mut self) {
+        // SAFETY: puts back what was there.
+        unsafe { pg_sys::CurrentResourceOwner = self.0 };
+    }
 }
 
 /// Waits, obeying lock_timeout, until no open transaction has drawn from the sequence; none can until this one ends.
 pub fn lock_sequence(sequence: pg_sys::Oid) {
+    let _owner = LockOwner::subtransaction();
     // SAFETY: an ordinary relation lock until the transaction's end. nextval() and the readers of the value hold
     // RowExclusiveLock on the sequence, which conflicts.
     unsafe { pg_sys::LockRelationOid(sequence, pg_sys::ShareRowExclusiveLock as pg_sys::LOCKMODE) }
 }
 
-/// The locks of this kind of system as they stood at one moment, in this database.
-pub struct Locks(Vec<Held>);
-
-struct Held {
-    tag: Tag,
-    exclusive: bool,
-    /// Another session's, or a prepared transaction's.
-    foreign: bool,
+/// The extension's locks in this database as they stood at one moment.
+#[derive(Default)]
+pub struct Locks {
+    /// By tenant key: the WRITER_START locks of other transactions, prepared ones too.
+    starts: HashMap<u32, Vec<Tag>>,
+    /// What other transactions hold exclusively.
+    exclusive_elsewhere: HashSet<Tag>,
+    this_transaction_pushed: bool,
 }
 
 impl Locks {
     /// Reads the lock table once. All its partitions are held together, so the picture is of one moment.
     pub fn now() -> Self {
-        let mut held = Vec::new();
+        let mut locks = Locks::default();
         // SAFETY: returns a palloc'd array of `nelements` copies.
         unsafe {
             let data = pg_sys::GetLockStatusData();
             let database = pg_sys::MyDatabaseId.to_u32();
-            let locks: &[pg_sys::LockInstanceData] = match (*data).nelements {
+            let all: &[pg_sys::LockInstanceData] = match (*data).nelements {
                 n if n > 0 => std::slice::from_raw_parts((*data).locks, n as usize),
                 _ => &[],
             };
-            for lock in locks {
+            for lock in all {
                 let tag = &lock.locktag;
                 if tag.locktag_type == pg_sys::LockTagType::LOCKTAG_ADVISORY as u8
                     && tag.locktag_field1 == database
                     && tag.locktag_field4 >> KIND_SHIFT != 0
                     && lock.holdMask != 0
                 {
-                    held.push(Held {
-                        tag: Tag {
-                            field4: tag.locktag_field4,
-                            field2: tag.locktag_field2,
-                            field3: tag.locktag_field3,
-                        },
-                        exclusive: lock.holdMask & (1 << Mode::Exclusive.as_pg()) != 0,
-                        foreign: lock.pid != pg_sys::MyProcPid,
-                    });
+                    let tag = Tag {
+                        field4: tag.locktag_field4,
+                        field2: tag.locktag_field2,
+                        field3: tag.locktag_field3,
+                    };
+                    let exclusive = lock.holdMask & (1 << Mode::Exclusive.as_pg()) != 0;
+                    locks.add(tag, exclusive, lock.pid == pg_sys::MyProcPid);
                 }
             }
             if !(*data).locks.is_null() {
@@ -254,33 +292,40 @@ impl Locks {
             }
             pg_sys::pfree(data.cast());
         }
-        Locks(held)
+        locks
+    }
+
+    fn add(&mut self, tag: Tag, exclusive: bool, own: bool) {
+        if own {
+            self.this_transaction_pushed |= tag.is(Kind::Writer);
+        } else if tag.is(Kind::WriterStart) {
+            self.starts.entry(tag.field2).or_default().push(tag);
+        } else if exclusive {
+            self.exclusive_elsewhere.insert(tag);
+        }
     }
 
     /// Whether this transaction holds WRITER for any tenant: it has pushed, and has not rolled the push back.
     pub fn this_transaction_pushed(&self) -> bool {
-        self.0
-            .iter()
-            .any(|held| !held.foreign && held.tag.is(Kind::Writer))
+        self.this_transaction_pushed
     }
 
     /// The least ticket after which a push of another transaction to the tenant may have begun, if one is in flight.
     /// `ceiling` is the ticket sequence's value, read after these locks.
     pub fn least_writer_start(&self, tenant: &str, ceiling: i64) -> Option<i64> {
-        let key = tenant_key(tenant);
-        self.0
-            .iter()
-            .filter(|held| held.foreign && held.tag.is(Kind::WriterStart) && held.tag.field2 == key)
-            .map(|held| held.tag.start_at_most(ceiling))
-            .min()
+        let starts = self.starts.get(&tenant_key(tenant))?;
+        starts.iter().map(|tag| tag.start_at_most(ceiling)).min()
     }
 
     /// Whether another transaction has claimed the projection for the tenant, or is changing its definition.
     pub fn is_claimed_elsewhere(&self, name: &str, tenant: &str) -> bool {
-        let (one, all) = (Tag::projection(name, tenant), Tag::projection_all(name));
-        self.0
-            .iter()
-            .any(|held| held.foreign && held.exclusive && (held.tag == one || held.tag == all))
+        !self.exclusive_elsewhere.is_empty()
+            && (self
+                .exclusive_elsewhere
+                .contains(&Tag::projection(name, tenant))
+                || self
+                    .exclusive_elsewhere
+                    .contains(&Tag::projection_all(name)))
     }
 }
 

@@ -71,9 +71,8 @@ impl FromDatum for Position {
     ) -> Option<Self> {
         // SAFETY: the caller vouches that the datum is a numeric.
         let value = unsafe { AnyNumeric::from_polymorphic_datum(datum, is_null, typoid) }?;
-        Decimal::from_str_exact(&value.to_string())
-            .ok()
-            .map(|decimal| Position(decimal.normalize()))
+        let position = Position::from_argument("position", &value);
+        Some(position.unwrap_or_else(|error| error.raise()))
     }
 }
 

@@ -3,7 +3,9 @@
 //! A SECURITY DEFINER function cannot learn who called it: the current user is its owner, and the session user or the SET ROLE
 //! user may be somebody else when it is called from a definer function of an application. What must know its caller (whose
 //! projection this is, with whose rights a handler runs) is therefore SECURITY INVOKER without a SET clause; it reads the
-//! caller at entry and wraps its own, schema-qualified SQL in [`as_extension_owner`].
+//! caller at entry and wraps its own SQL in [`as_extension_owner`]. That pins search_path too: in a schema-qualified
+//! statement the operators and the types of casts are still found by the caller's path, and an `=` of the caller's own making
+//! would run with the owner's rights.
 
 use pgrx::callconv::{Arg, ArgAbi};
 use pgrx::pg_sys;
@@ -11,6 +13,9 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
 };
 use std::ffi::{CStr, CString};
+
+use crate::error::Error;
+use crate::guc::Settings;
 
 /// The role with whose rights the calling statement runs.
 pub fn caller() -> pg_sys::Oid {
@@ -23,6 +28,20 @@ pub fn role_name(role: pg_sys::Oid) -> Option<String> {
     unsafe {
         let name = pg_sys::GetUserNameFromId(role, true);
         (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
+    }
+}
+
+/// Whether the role may give something to another: as PostgreSQL asks of ALTER … OWNER TO.
+pub fn may_give_to(role: pg_sys::Oid, owner: pg_sys::Oid) -> bool {
+    // SAFETY: look-ups in the system caches.
+    #[cfg(feature = "pg15")]
+    unsafe {
+        pg_sys::is_member_of_role(role, owner)
+    }
+    // SAFETY: as above; membership without the right to SET ROLE came with version 16.
+    #[cfg(not(feature = "pg15"))]
+    unsafe {
+        pg_sys::member_can_set_role(role, owner)
     }
 }
 
@@ -40,13 +59,12 @@ pub fn may_act_for(role: pg_sys::Oid, owner: &str) -> bool {
     }
 }
 
-/// Runs what `body` does with SQL as the extension's owner and restores the caller after it; on an error PostgreSQL's abort
-/// restores it. search_path stays the caller's, so the SQL in `body` must be schema-qualified.
+/// Runs what `body` does with SQL as the extension's owner, with search_path pinned as in the SECURITY DEFINER functions, and
+/// restores both after it; on an error PostgreSQL's abort restores them.
 pub fn as_extension_owner<T>(body: impl FnOnce() -> T) -> T {
-    let identity = Identity::extension_owner();
-    let result = body();
-    drop(identity);
-    result
+    let _identity = Identity::extension_owner();
+    let _search_path = Settings::set(&[(c"search_path", c"pg_catalog, lockstep, pg_temp")]);
+    body()
 }
 
 /// The caller's identity, restored when dropped.
@@ -91,7 +109,7 @@ fn extension_owner() -> pg_sys::Oid {
             pg_sys::Datum::from(events),
         );
         if tuple.is_null() {
-            return pg_sys::InvalidOid;
+            Error::invalid("extension \"lockstep\" is not installed in this database").raise();
         }
         let class = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>();
         let owner = (*class).relowner;
@@ -141,6 +159,16 @@ registered_oid!(
 impl Procedure {
     pub fn is_none(self) -> bool {
         self.0 == pg_sys::InvalidOid
+    }
+
+    /// Whether it is there, can be called in a SELECT and returns one value.
+    pub fn is_plain_function(self) -> bool {
+        // SAFETY: look-ups in the system cache; get_func_name returns null for what is not there.
+        unsafe {
+            !pg_sys::get_func_name(self.0).is_null()
+                && pg_sys::get_func_prokind(self.0) as u8 == pg_sys::PROKIND_FUNCTION
+                && !pg_sys::get_func_retset(self.0)
+        }
     }
 
     /// Schema-qualified name and argument types, as `regprocedure` reads them under any search_path.

@@ -12,8 +12,10 @@ use crate::error::Error;
 pub enum At {
     /// One taken now: after the locks that the caller holds and the waits that it has behind it.
     Latest,
-    /// The one of the calling statement (in REPEATABLE READ and SERIALIZABLE: the transaction's).
+    /// The one of the calling statement.
     Statement,
+    /// In REPEATABLE READ and SERIALIZABLE the transaction's, and what the transaction itself has written up to now.
+    Transaction,
 }
 
 impl At {
@@ -24,6 +26,7 @@ impl At {
             match self {
                 At::Latest => pg_sys::GetLatestSnapshot(),
                 At::Statement => pg_sys::GetActiveSnapshot(),
+                At::Transaction => pg_sys::GetTransactionSnapshot(),
             }
         }
     }
@@ -33,6 +36,11 @@ impl At {
 pub fn is_transaction_snapshot() -> bool {
     // SAFETY: a plain backend-local variable.
     unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
+}
+
+pub fn is_serializable() -> bool {
+    // SAFETY: a plain backend-local variable.
+    unsafe { pg_sys::XactIsoLevel == pg_sys::XACT_SERIALIZABLE as i32 }
 }
 
 pub fn require_read_committed(function: &'static str) -> Result<(), Error> {

@@ -2,7 +2,8 @@
 //!
 //! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
 //! It is always generic, and planned with sequential scans, bitmap scans and sorts off: each statement here walks an index in
-//! the index's own order, and a plan made while the table was small must not still scan it when it is large.
+//! the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
+//! statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
 
 use once_cell::sync::OnceCell;
 use pgrx::callconv::{BoxRet, FcInfo};
@@ -12,8 +13,11 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
 };
 use std::ffi::{CString, c_char};
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 
+use crate::error::Error;
+use crate::guc::Settings;
 use crate::position::Position;
 use crate::snapshot::At;
 
@@ -42,7 +46,11 @@ impl Spi {
 
     /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
     fn execute(&self, plan: &Plan, at: Option<At>, args: &[Arg]) -> Rows<'_> {
+        let by_index = plan.by_index;
         let plan = plan.get(args);
+        if by_index {
+            plan.plan_by_index();
+        }
         let mut values: Vec<pg_sys::Datum> = args
             .iter()
             .map(|arg| {
@@ -57,8 +65,7 @@ impl Spi {
         // SAFETY: values and nulls have one entry a parameter of the plan and outlive the call; SPI leaves the result in
         // SPI_tuptable until SPI_finish, which the lifetime of Rows ends before.
         unsafe {
-            let planner = plan.needs_planning().then(PlannerSettings::by_index);
-            pg_sys::SPI_execute_snapshot(
+            let status = pg_sys::SPI_execute_snapshot(
                 plan.0.as_ptr(),
                 values.as_mut_ptr(),
                 nulls.as_ptr(),
@@ -68,7 +75,9 @@ impl Spi {
                 true,
                 0,
             );
-            drop(planner);
+            if status < 0 {
+                Error::Spi("SPI_execute_snapshot").raise();
+            }
             Rows {
                 table: NonNull::new(pg_sys::SPI_tuptable),
                 processed: pg_sys::SPI_processed as usize,
@@ -123,6 +132,7 @@ impl Rows<'_> {
 /// A statement with its text, prepared at first use.
 pub struct Plan {
     sql: &'static str,
+    by_index: bool,
     kept: OnceCell<Kept>,
 }
 
@@ -138,6 +148,16 @@ impl Plan {
     pub const fn new(sql: &'static str) -> Self {
         Plan {
             sql,
+            by_index: true,
+            kept: OnceCell::new(),
+        }
+    }
+
+    /// For a statement over whole tables: planned for the arguments of each call, without constraints.
+    pub const fn joining(sql: &'static str) -> Self {
+        Plan {
+            sql,
+            by_index: false,
             kept: OnceCell::new(),
         }
     }
@@ -154,59 +174,45 @@ impl Plan {
                     sql.as_ptr(),
                     types.len() as i32,
                     types.as_mut_ptr(),
-                    pg_sys::CURSOR_OPT_GENERIC_PLAN as i32,
+                    if self.by_index {
+                        pg_sys::CURSOR_OPT_GENERIC_PLAN as i32
+                    } else {
+                        pg_sys::CURSOR_OPT_CUSTOM_PLAN as i32
+                    },
                 );
-                pg_sys::SPI_keepplan(plan);
-                Kept(NonNull::new_unchecked(plan))
+                let Some(plan) = NonNull::new(plan) else {
+                    Error::Spi("SPI_prepare").raise();
+                };
+                pg_sys::SPI_keepplan(plan.as_ptr());
+                Kept(plan)
             }
         })
     }
 }
 
 impl Kept {
-    /// Whether the next execution will call the planner.
-    fn needs_planning(self) -> bool {
-        // SAFETY: a kept plan has one source; its generic plan, once made, lives until it is replaced.
+    /// Makes the generic plan if there is none or it is out of date, with the settings that this module's head gives. They are
+    /// not in force when it runs, so what triggers and functions plan then is planned as ever.
+    fn plan_by_index(self) {
+        // SAFETY: a kept plan has one source, whose generic plan, once made, lives until it is replaced. What other sessions
+        // changed is learnt first, or the execution would learn it and plan by itself.
         unsafe {
+            pg_sys::AcceptInvalidationMessages();
             let sources = pg_sys::SPI_plan_get_plan_sources(self.0.as_ptr());
             let source = pg_sys::list_nth(sources, 0).cast::<pg_sys::CachedPlanSource>();
             let plan = (*source).gplan;
-            !(*source).is_valid || plan.is_null() || !(*plan).is_valid
-        }
-    }
-}
-
-/// Planner settings in force until dropped.
-struct PlannerSettings(i32);
-
-impl PlannerSettings {
-    fn by_index() -> Self {
-        // SAFETY: a nest level of settings as a function's SET clause makes it; the names are PostgreSQL's own.
-        unsafe {
-            let level = pg_sys::NewGUCNestLevel();
-            for name in [c"enable_seqscan", c"enable_bitmapscan", c"enable_sort"] {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    c"off".as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
+            if (*source).is_valid && !plan.is_null() && (*plan).is_valid {
+                return;
             }
-            PlannerSettings(level)
-        }
-    }
-}
-
-impl Drop for PlannerSettings {
-    fn drop(&mut self) {
-        // While an error unwinds, the transaction's or subtransaction's abort restores the settings.
-        if !std::thread::panicking() {
-            // SAFETY: ends the nest level that `by_index` began.
-            unsafe { pg_sys::AtEOXact_GUC(true, self.0) };
+            let _settings = Settings::set(&[
+                (c"enable_seqscan", c"off"),
+                (c"enable_bitmapscan", c"off"),
+                (c"enable_sort", c"off"),
+            ]);
+            let planned = pg_sys::SPI_plan_get_cached_plan(self.0.as_ptr());
+            if !planned.is_null() {
+                pg_sys::ReleaseCachedPlan(planned, pg_sys::CurrentResourceOwner);
+            }
         }
     }
 }
@@ -294,5 +300,65 @@ unsafe impl SqlTranslatable for Events {
     fn return_sql() -> Result<Returns, ReturnsError> {
         // pgrx takes only its own iterators for sets; the text is all it needs of this one.
         Ok(Returns::One(SqlMapping::literal("SETOF lockstep.events")))
+    }
+}
+
+/// The columns of a function that returns a TABLE.
+pub trait Columns {
+    /// As in RETURNS.
+    const SQL: &'static str;
+}
+
+/// What such a function hands back, all rows at once: pgrx's own TableIterator is called once a row, and each call of a
+/// SECURITY DEFINER function sets user and search_path again.
+pub struct Table<C> {
+    rows: Vec<Vec<Option<pg_sys::Datum>>>,
+    columns: PhantomData<C>,
+}
+
+impl<C: Columns> Table<C> {
+    /// The values of each row in the order of the columns, of their types.
+    pub fn new(rows: Vec<Vec<Option<pg_sys::Datum>>>) -> Self {
+        Table {
+            rows,
+            columns: PhantomData,
+        }
+    }
+}
+
+// SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
+unsafe impl<C: Columns> BoxRet for Table<C> {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        // SAFETY: fcinfo is that of a set-returning function; the rows have a value for each of its columns.
+        unsafe {
+            let raw = fcinfo.as_mut_ptr();
+            pg_sys::InitMaterializedSRF(raw, 0);
+            let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            for row in self.rows {
+                let mut values: Vec<pg_sys::Datum> = row
+                    .iter()
+                    .map(|value| value.unwrap_or(pg_sys::Datum::null()))
+                    .collect();
+                let mut nulls: Vec<bool> = row.iter().map(Option::is_none).collect();
+                pg_sys::tuplestore_putvalues(
+                    (*result).setResult,
+                    (*result).setDesc,
+                    values.as_mut_ptr(),
+                    nulls.as_mut_ptr(),
+                );
+            }
+        }
+        fcinfo.return_null()
+    }
+}
+
+// SAFETY: the SQL type of what box_into returns.
+unsafe impl<C: Columns> SqlTranslatable for Table<C> {
+    fn argument_sql() -> Result<SqlMapping, ArgumentError> {
+        Err(ArgumentError::NotValidAsArgument("Table"))
+    }
+
+    fn return_sql() -> Result<Returns, ReturnsError> {
+        Ok(Returns::One(SqlMapping::literal(C::SQL)))
     }
 }

@@ -114,10 +114,11 @@ class Cluster:
             lock_file.unlink(missing_ok=True)
 
     def kill_backend(self, pid):
-        """SIGKILL to one backend: the postmaster then restarts all others and recovers."""
+        """SIGKILL to one backend. The server has noticed on return; `wait_for_connections` waits for its recovery."""
         if pid not in _children(self._postmaster()):
             raise ValueError(f"{pid} is not a process of this server")
         os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
 
     def conf(self, **settings):
         """Writes settings, and reloads a running server. Those that need a restart wait for `restart`."""
@@ -218,7 +219,7 @@ def _temporary_directory(parent):
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="lockstep.", dir=parent))
     if os.geteuid() == 0:
-        shutil.chown(directory, SERVER_USER, SERVER_USER)
+        shutil.chown(directory, SERVER_USER)
     return directory
 
 

@@ -135,12 +135,25 @@ impl Key<'_> {
     }
 
     fn operations(&self, element: Element<'_>) -> Result<Vec<Operation>, Error> {
-        let operations: Vec<Operation> = serde_json::from_str(&element.to_text())
-            .map_err(|error| self.invalid(&format!("is malformed: {error}")))?;
-        for operation in &operations {
-            argument::not_empty(&format!("{}: scope", self.path()), &operation.scope)?;
-            argument::within_limit(&format!("{}: value", self.path()), &operation.value)?;
-        }
-        Ok(operations)
+        let Value::Array(operations) = element.value() else {
+            return Err(self.invalid("must be an array of objects"));
+        };
+        let operation = |(index, (_, element)): (usize, (_, Element<'_>))| {
+            let invalid = |problem: &str| self.invalid(&format!("[{index}]: {problem}"));
+            let Value::Object(_) = element.value() else {
+                return Err(invalid("must be an object"));
+            };
+            // The place that serde names is one in this text, which the caller does not see.
+            let operation: Operation =
+                serde_json::from_str(&element.to_text()).map_err(|error| {
+                    let text = error.to_string();
+                    invalid(text.split(" at line ").next().unwrap_or(&text))
+                })?;
+            let path = format!("{} [{index}]", self.path());
+            argument::not_empty(&format!("{path}: scope"), &operation.scope)?;
+            argument::within_limit(&format!("{path}: value"), &operation.value)?;
+            Ok(operation)
+        };
+        operations.iter().enumerate().map(operation).collect()
     }
 }

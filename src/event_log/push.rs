@@ -15,6 +15,7 @@
 
 use pgrx::Uuid;
 use pgrx::datum::TimestampWithTimeZone;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use super::input::NewEvent;
@@ -43,8 +44,8 @@ struct Aggregates<'a> {
 struct Before {
     /// The last sequence of each aggregate of the push; 0 if it is new.
     sequences: Vec<i64>,
-    /// The last ticket of the tenant.
-    head: i64,
+    /// A ticket in the tenant's log above the sequence's value of before this was read, if there is one.
+    above: Option<i64>,
 }
 
 /// Pushes the events and returns where each went, in order.
@@ -59,17 +60,18 @@ pub fn push(
 
     let spi = Spi::connect();
     let before = read_before(&spi, tenant, &aggregates)?;
+    refuse_sequence_behind_log(tenant, before.above)?;
     refuse_known_event_ids(&spi, tenant, events)?;
     let sequences = assign_sequences(events, &aggregates, before.sequences)?;
     let unique_keys = unique::plan(&spi, tenant, events)?;
 
-    lock_writer(tenant);
+    let start = lock_writer(tenant);
     let ticket = sequence::TICKET.next();
-    if ticket <= before.head {
-        return Err(Error::TicketBehindLog {
+    if ticket <= start {
+        // Not with CACHE 1, unless someone set the sequence back just now.
+        return Err(Error::TicketNotAbove {
             ticket,
-            head: before.head,
-            tenant: tenant.to_owned(),
+            value: start,
         });
     }
     let created_at = pgrx::datum::clock_timestamp();
@@ -133,7 +135,7 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ha
 fn read_before(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Before, Error> {
     let latest = read_before_at(spi, At::Latest, tenant, aggregates);
     if snapshot::is_transaction_snapshot() {
-        let seen = read_before_at(spi, At::Statement, tenant, aggregates);
+        let seen = read_before_at(spi, At::Transaction, tenant, aggregates);
         let moved = (0..aggregates.names.len())
             .find(|&index| seen.sequences[index] != latest.sequences[index]);
         if let Some(index) = moved {
@@ -153,34 +155,45 @@ fn read_before_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> B
                  WHERE e.tenant = $1 AND e.aggregate_type = $2 AND e.aggregate_id = $3
                  ORDER BY e.sequence DESC LIMIT 1),
                 (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-                 WHERE e.tenant = $1 ORDER BY e.position DESC LIMIT 1)",
+                 WHERE e.tenant = $1 AND e.position > $4 ORDER BY e.position DESC LIMIT 1)",
     );
     static MANY: Plan = Plan::new(
         "SELECT (SELECT e.sequence FROM lockstep.events AS e
                  WHERE e.tenant = $1 AND e.aggregate_type = a.aggregate_type AND e.aggregate_id = a.aggregate_id
                  ORDER BY e.sequence DESC LIMIT 1),
                 (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-                 WHERE e.tenant = $1 ORDER BY e.position DESC LIMIT 1)
+                 WHERE e.tenant = $1 AND e.position > $4 ORDER BY e.position DESC LIMIT 1)
          FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
     );
+    let above = Arg::from(looks_above(tenant).then(|| Position::last_of(sequence::TICKET.value())));
     let rows = if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
         let args = [
             Arg::from(tenant),
             Arg::from(aggregate_type),
             Arg::from(aggregate_id),
+            above,
         ];
         spi.read(&ONE, at, &args)
     } else {
         let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
-        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
+        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids), above];
         spi.read(&MANY, at, &args)
     };
     Before {
         sequences: (0..aggregates.names.len())
             .map(|row| rows.get(row, 1).unwrap_or(0))
             .collect(),
-        head: rows.get(0, 2).unwrap_or(0),
+        above: rows.get(0, 2),
     }
+}
+
+/// Whether to look for events above the sequence. In SERIALIZABLE only once a backend and tenant: the look takes a predicate
+/// lock on the end of the log, where every other push of the tenant inserts.
+fn looks_above(tenant: &str) -> bool {
+    thread_local! {
+        static SEEN: RefCell<HashSet<String>> = RefCell::default();
+    }
+    !snapshot::is_serializable() || SEEN.with_borrow_mut(|seen| seen.insert(tenant.to_owned()))
 }
 
 /// The events' ids are locked, so one that is not in the log now will not be there before this transaction ends.
@@ -234,13 +247,30 @@ fn assign_sequences(
         .collect()
 }
 
-/// Once per transaction and tenant: a second push is covered by the start of the first.
-fn lock_writer(tenant: &str) {
+/// After a logical replication or a partial restore the sequence may stand below the log, and new events would land among
+/// those that projections have passed. An event of a push that was faster than this one is no sign of that: the sequence's
+/// value, read after the event was seen, is not below it.
+fn refuse_sequence_behind_log(tenant: &str, above: Option<i64>) -> Result<(), Error> {
+    match above {
+        Some(head) if head > sequence::TICKET.value() => Err(Error::TicketBehindLog {
+            value: sequence::TICKET.value(),
+            head,
+            tenant: tenant.to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Once per transaction and tenant: a second push is covered by the start of the first. Returns the sequence's value just
+/// before.
+fn lock_writer(tenant: &str) -> i64 {
+    let start = sequence::TICKET.value();
     let writer = Tag::writer(tenant);
     if !writer.is_held(Mode::Shared) {
-        Tag::writer_start(tenant, sequence::TICKET.value()).acquire(Mode::Shared);
+        Tag::writer_start(tenant, start).acquire(Mode::Shared);
         writer.acquire(Mode::Shared);
     }
+    start
 }
 
 fn insert(

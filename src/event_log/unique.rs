@@ -25,10 +25,22 @@ pub struct Operation {
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String")]
 enum Op {
     Add,
     Remove,
+}
+
+impl TryFrom<String> for Op {
+    type Error = String;
+
+    fn try_from(op: String) -> Result<Self, String> {
+        match op.as_str() {
+            "add" => Ok(Op::Add),
+            "remove" => Ok(Op::Remove),
+            _ => Err(format!("op \"{op}\" is neither \"add\" nor \"remove\"")),
+        }
+    }
 }
 
 impl Operation {

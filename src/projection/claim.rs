@@ -7,7 +7,7 @@ use pgrx::{
     PgSubXactCallbackEvent, PgXactCallbackEvent, pg_sys, register_subxact_callback,
     register_xact_callback,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use crate::error::Error;
 use crate::event_log::settle;
@@ -36,6 +36,8 @@ enum Outcome {
     None { position: Position },
     /// Another transaction has the lock.
     Busy,
+    /// The definition was changed or dropped after the claim.
+    Forgotten,
 }
 
 struct Claim {
@@ -50,6 +52,8 @@ struct Claim {
 thread_local! {
     /// The running transaction's claims, oldest first.
     static CLAIMS: RefCell<Vec<Claim>> = const { RefCell::new(Vec::new()) };
+    /// Whether the running transaction's end and savepoints are followed already.
+    static FOLLOWING: Cell<bool> = const { Cell::new(false) };
 }
 
 pub fn claim(request: &Request) -> Result<Events, Error> {
@@ -59,7 +63,7 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
         settle::refuse_after_push("projection_claim(wait => true)")?;
     }
     if !lock(request) {
-        remember(request, Outcome::Busy, false);
+        remember(request.projection, request.tenant, Outcome::Busy, false);
         return Ok(Events::none());
     }
     let projection = read_projection(request.projection, request.tenant)?;
@@ -82,7 +86,8 @@ fn lock(request: &Request) -> bool {
         one.acquire(Mode::Exclusive);
         return true;
     }
-    all.try_acquire(Mode::Shared) && one.try_acquire(Mode::Exclusive)
+    // Neither waits, so the order does not matter, and a busy claim leaves nothing locked.
+    one.try_acquire(Mode::Exclusive) && all.try_acquire(Mode::Shared)
 }
 
 struct Projection {
@@ -136,7 +141,8 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
         Some(last) => {
             let after = range.after;
             remember(
-                request,
+                request.projection,
+                request.tenant,
                 Outcome::Claimed { after, last },
                 more || beyond_limit,
             );
@@ -151,7 +157,12 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
             if position > range.after {
                 move_cursor(request.projection, request.tenant, position);
             }
-            remember(request, Outcome::None { position }, beyond_limit);
+            remember(
+                request.projection,
+                request.tenant,
+                Outcome::None { position },
+                beyond_limit,
+            );
         }
     }
     events
@@ -163,7 +174,7 @@ pub fn state(projection: &str, tenant: &str) -> Result<(&'static str, bool), Err
         last_claim(projection, tenant).map_or(("none", false), |(outcome, more)| {
             let status = match outcome {
                 Outcome::Claimed { .. } => "claimed",
-                Outcome::None { .. } => "none",
+                Outcome::None { .. } | Outcome::Forgotten => "none",
                 Outcome::Busy => "busy",
             };
             (status, more)
@@ -183,6 +194,11 @@ pub fn advance(projection: &str, tenant: &str, up_to: Option<Position>) -> Resul
         Some((Outcome::None { position }, _)) => (position, position),
         Some((Outcome::Busy, _)) => {
             return Err(not_held("Its last claim found the projection busy."));
+        }
+        Some((Outcome::Forgotten, _)) => {
+            return Err(not_held(
+                "The projection was altered or dropped after the claim.",
+            ));
         }
         None => {
             return Err(not_held("It made none, or rolled back past it."));
@@ -236,7 +252,7 @@ fn is_in_batch(projection: &str, tenant: &str, position: Position) -> bool {
 fn move_cursor(projection: &str, tenant: &str, position: Position) -> bool {
     static UPSERT: Plan = Plan::new(
         "INSERT INTO lockstep.projection_cursors AS c (projection, tenant, position, advanced_at)
-         VALUES ($1, $2, $3, pg_catalog.clock_timestamp())
+         SELECT p.name, $2, $3, pg_catalog.clock_timestamp() FROM lockstep.projections AS p WHERE p.name = $1
          ON CONFLICT (projection, tenant) DO UPDATE
          SET position = EXCLUDED.position, advanced_at = EXCLUDED.advanced_at
          WHERE c.position <= EXCLUDED.position",
@@ -259,19 +275,33 @@ fn last_claim(projection: &str, tenant: &str) -> Option<(Outcome, bool)> {
     })
 }
 
-fn remember(request: &Request, outcome: Outcome, more: bool) {
-    let claim = Claim {
-        projection: request.projection.to_owned(),
-        tenant: request.tenant.to_owned(),
-        outcome,
-        more,
-        level: snapshot::current_level(),
-    };
-    let first = CLAIMS.with_borrow_mut(|claims| {
-        claims.push(claim);
-        claims.len() == 1
+/// After this the transaction holds no claim on the projection, in any tenant.
+pub fn forget(projection: &str) {
+    let tenants: Vec<String> = CLAIMS.with_borrow(|claims| {
+        let of_projection = claims.iter().filter(|claim| claim.projection == projection);
+        of_projection.map(|claim| claim.tenant.clone()).collect()
     });
-    if first {
+    for tenant in tenants {
+        remember(projection, &tenant, Outcome::Forgotten, false);
+    }
+}
+
+/// Replaces what the same subtransaction knew of the projection and tenant.
+fn remember(projection: &str, tenant: &str, outcome: Outcome, more: bool) {
+    let level = snapshot::current_level();
+    CLAIMS.with_borrow_mut(|claims| {
+        claims.retain(|claim| {
+            claim.level != level || claim.projection != projection || claim.tenant != tenant
+        });
+        claims.push(Claim {
+            projection: projection.to_owned(),
+            tenant: tenant.to_owned(),
+            outcome,
+            more,
+            level,
+        });
+    });
+    if !FOLLOWING.replace(true) {
         follow_transaction();
     }
 }
@@ -283,7 +313,10 @@ fn follow_transaction() {
         PgXactCallbackEvent::Abort,
         PgXactCallbackEvent::Prepare,
     ] {
-        register_xact_callback(end, || CLAIMS.with_borrow_mut(Vec::clear));
+        register_xact_callback(end, || {
+            CLAIMS.with_borrow_mut(Vec::clear);
+            FOLLOWING.set(false);
+        });
     }
     register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |level, _| {
         CLAIMS.with_borrow_mut(|claims| claims.retain(|claim| claim.level != level));

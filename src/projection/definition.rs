@@ -6,11 +6,12 @@
 
 use pgrx::datum::Interval;
 
+use super::claim;
 use crate::argument;
 use crate::error::Error;
 use crate::event_log::Filter;
 use crate::event_log::settle::{self, Horizons};
-use crate::lock::{Mode, Tag};
+use crate::lock::Tag;
 use crate::position::Position;
 use crate::rights::{self, Procedure, Role};
 use crate::snapshot::{self, At};
@@ -52,6 +53,16 @@ pub fn handler_name(handler: Option<Procedure>) -> Result<Option<String>, Error>
     let Some(handler) = handler.filter(|handler| !handler.is_none()) else {
         return Ok(None);
     };
+    if !handler.is_plain_function() {
+        return Err(Error::InvalidParameter {
+            message: format!(
+                "handler {} is not a function that returns one value",
+                handler.0.to_u32()
+            ),
+            detail: None,
+            hint: None,
+        });
+    }
     let name = handler.qualified_name();
     match handler.argument_types().as_slice() {
         [one] if one == "lockstep.events" || one == "lockstep.events[]" => Ok(Some(name)),
@@ -95,10 +106,20 @@ fn insert(new: &NewProjection, owner: &str) -> bool {
         Arg::from(new.start_after.unwrap_or(Position::ZERO)),
     ];
     let created = spi.write(&INSERT, &args).count() == 1;
-    if created && new.start_after.is_none() {
-        start_at_horizons(&spi, new.name);
+    if created {
+        delete_cursors(&spi, new.name);
+        if new.start_after.is_none() {
+            start_at_horizons(&spi, new.name);
+        }
     }
     created
+}
+
+/// Also when a projection is created: a cursor that was left over, by whatever way, would skip events silently.
+fn delete_cursors(spi: &Spi, name: &str) {
+    static DELETE: Plan =
+        Plan::new("DELETE FROM lockstep.projection_cursors WHERE projection = $1");
+    spi.write(&DELETE, &[Arg::from(name)]);
 }
 
 /// Puts a cursor at what each tenant has settled now. Events that are visible but not settled come later, as any others.
@@ -146,57 +167,58 @@ pub fn alter(name: &str, changes: Changes) -> Result<(), Error> {
         Arg::from(changes.retry_after),
     ];
     exclusively("projection_alter", name, || {
-        Spi::connect().write(&UPDATE, &args).count()
+        Spi::connect().write(&UPDATE, &args);
     })
 }
 
 pub fn drop(name: &str) -> Result<(), Error> {
-    static CURSORS: Plan =
-        Plan::new("DELETE FROM lockstep.projection_cursors WHERE projection = $1");
     static DEFINITION: Plan = Plan::new("DELETE FROM lockstep.projections WHERE name = $1");
     exclusively("projection_drop", name, || {
         let spi = Spi::connect();
-        spi.write(&CURSORS, &[Arg::from(name)]);
-        spi.write(&DEFINITION, &[Arg::from(name)]).count()
+        delete_cursors(&spi, name);
+        spi.write(&DEFINITION, &[Arg::from(name)]);
     })
 }
 
-/// Runs `body`, which says how many definitions it changed, while no claim of the projection is running in any tenant.
-fn exclusively(
-    function: &'static str,
-    name: &str,
-    body: impl FnOnce() -> usize,
-) -> Result<(), Error> {
+/// Runs `body` while no other transaction has claimed the projection in any tenant. What this one has claimed is forgotten:
+/// it was claimed under another definition.
+fn exclusively(function: &'static str, name: &str, body: impl FnOnce()) -> Result<(), Error> {
     snapshot::require_read_write(function)?;
+    // What an older snapshot does not show, the statements of `body` would leave behind.
+    snapshot::require_read_committed(function)?;
     require_owner(name)?;
     settle::refuse_after_push(function)?;
-    Tag::projection_all(name).acquire(Mode::Exclusive);
+    Tag::projection_all(name).acquire_after_holders();
     // Dropped, or given to another role, while this waited.
     require_owner(name)?;
-    match rights::as_extension_owner(body) {
-        0 => Err(Error::SerializationFailure(format!(
-            "Projection \"{name}\" was changed after the transaction's snapshot."
-        ))),
-        _ => Ok(()),
-    }
-}
-
-pub fn set_owner(name: &str, owner: Role) -> Result<(), Error> {
-    static UPDATE: Plan = Plan::new("UPDATE lockstep.projections SET owner = $2 WHERE name = $1");
-    snapshot::require_read_write("projection_owner")?;
-    require_owner(name)?;
-    let new_owner = rights::role_name(owner.0)
-        .ok_or_else(|| Error::invalid(format!("owner {} is not a role", owner.0.to_u32())))?;
-    require_member(name, &new_owner)?;
-    rights::as_extension_owner(|| {
-        Spi::connect()
-            .write(&UPDATE, &[Arg::from(name), Arg::from(new_owner)])
-            .count();
-    });
+    rights::as_extension_owner(body);
+    claim::forget(name);
     Ok(())
 }
 
-fn require_owner(name: &str) -> Result<(), Error> {
+/// The update names the owner that was checked: in the meantime the projection may have been given to another.
+pub fn set_owner(name: &str, owner: Role) -> Result<(), Error> {
+    static UPDATE: Plan =
+        Plan::new("UPDATE lockstep.projections SET owner = $2 WHERE name = $1 AND owner = $3");
+    snapshot::require_read_write("projection_owner")?;
+    let old_owner = require_owner(name)?;
+    let new_owner = rights::role_name(owner.0)
+        .ok_or_else(|| Error::invalid(format!("owner {} is not a role", owner.0.to_u32())))?;
+    if !rights::may_give_to(rights::caller(), owner.0) {
+        return Err(Error::NotMember { role: new_owner });
+    }
+    let args = [Arg::from(name), Arg::from(new_owner), Arg::from(old_owner)];
+    if rights::as_extension_owner(|| Spi::connect().write(&UPDATE, &args).count()) == 1 {
+        return Ok(());
+    }
+    require_owner(name)?;
+    Err(Error::SerializationFailure(format!(
+        "The owner of projection \"{name}\" was changed meanwhile."
+    )))
+}
+
+/// Returns the owner if the caller may act for it.
+fn require_owner(name: &str) -> Result<String, Error> {
     static OWNER: Plan = Plan::new("SELECT owner FROM lockstep.projections WHERE name = $1");
     let owner: Option<String> = rights::as_extension_owner(|| {
         Spi::connect()
@@ -204,15 +226,11 @@ fn require_owner(name: &str) -> Result<(), Error> {
             .get(0, 1)
     });
     let owner = owner.ok_or_else(|| Error::UndefinedProjection(name.to_owned()))?;
-    require_member(name, &owner)
-}
-
-fn require_member(name: &str, owner: &str) -> Result<(), Error> {
-    if rights::may_act_for(rights::caller(), owner) {
-        return Ok(());
+    if !rights::may_act_for(rights::caller(), &owner) {
+        return Err(Error::NotOwner {
+            projection: name.to_owned(),
+            owner,
+        });
     }
-    Err(Error::NotOwner {
-        projection: name.to_owned(),
-        owner: owner.to_owned(),
-    })
+    Ok(owner)
 }

@@ -10,7 +10,7 @@ use crate::spi::{Arg, Plan, Spi};
 pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
     static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
     // The tenant's head first, one descent a tenant, so that only the pairs that are behind are looked into.
-    static BEHIND: Plan = Plan::new(
+    static BEHIND: Plan = Plan::joining(
         "SELECT p.name, t.tenant, next.created_at
          FROM (SELECT t.tenant, t.horizon,
                       (SELECT e.position FROM lockstep.events AS e
