@@ -81,7 +81,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """A run's outcome. `problems` holds what is wrong in any mode: unexpected errors, a log that is not what was committed."""
+    """A run's outcome. `problems`: unexpected errors, or a log that is not what was committed, in whatever mode."""
 
     mode: str
     seed: int
