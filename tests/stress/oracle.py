@@ -302,9 +302,9 @@ class Run:
         if positions:
             if dice.random() < 0.2:
                 positions = positions[: dice.randint(1, len(positions))]
-            connection.cursor().executemany(
-                "INSERT INTO oracle.seen (reader, tenant, position) VALUES (%s, %s, %s)",
-                [(reader.name, tenant, position) for position in positions],
+            connection.execute(
+                "INSERT INTO oracle.seen (reader, tenant, position) SELECT %s, %s, unnest(%s::numeric[])",
+                (reader.name, tenant, positions),
             )
             advance(positions[-1])
             if dice.random() < 0.1:
