@@ -130,7 +130,7 @@ impl Error {
             Error::InvalidParameter { detail, .. } => detail.clone()?,
             Error::UniqueViolation { key, .. } => format!("Key {key} already exists."),
             Error::NeedsReadCommitted(_) => {
-                "The rows that it returns are newer than the transaction's snapshot, so later statements could not see them."
+                "It builds on rows that are newer than the transaction's snapshot, and its other statements could not see them."
                     .into()
             }
             Error::WaitsAfterPush(_) => {
@@ -293,7 +293,7 @@ impl fmt::Display for Error {
                 recovery: false,
             } => write!(f, "cannot execute {function}() in a read-only transaction"),
             Error::SerializationFailure(_) => {
-                f.write_str("could not serialize access due to a concurrent change")
+                f.write_str("could not serialize access due to concurrent update")
             }
             Error::UndefinedProjection(name) => write!(f, "projection \"{name}\" does not exist"),
             Error::DuplicateProjection(name) => write!(f, "projection \"{name}\" already exists"),

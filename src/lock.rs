@@ -209,10 +209,10 @@ impl Tag {
     }
 }
 
-/// Takes the locks in their one order, so that two pushes that need the same ones cannot deadlock.
-pub fn acquire_sorted(tags: HashSet<Tag>) {
-    let mut tags: Vec<Tag> = tags.into_iter().collect();
+/// Takes the locks, each once, in their one order, so that two pushes that need the same ones cannot deadlock.
+pub fn acquire_sorted(mut tags: Vec<Tag>) {
     tags.sort_unstable();
+    tags.dedup();
     for tag in tags {
         tag.acquire(Mode::Exclusive);
     }

@@ -78,9 +78,19 @@ impl FromDatum for Position {
 
 impl IntoDatum for Position {
     fn into_datum(self) -> Option<pg_sys::Datum> {
-        AnyNumeric::try_from(self.0.to_string().as_str())
-            .ok()?
-            .into_datum()
+        match i64::try_from(self.0.mantissa()) {
+            // SAFETY: PostgreSQL's own division by a power of ten; the result's display scale is that power, so a position
+            // without trailing zeros stays so.
+            Ok(mantissa) => Some(unsafe {
+                pg_sys::Datum::from(pg_sys::int64_div_fast_to_numeric(
+                    mantissa,
+                    self.0.scale() as i32,
+                ))
+            }),
+            Err(_) => AnyNumeric::try_from(self.0.to_string().as_str())
+                .ok()?
+                .into_datum(),
+        }
     }
 
     fn type_oid() -> pg_sys::Oid {

@@ -3,7 +3,8 @@
 //! 1. validate everything: an error found here has locked nothing;
 //! 2. AGGREGATE and UNIQUE_KEY locks, in one sorted order: two pushes that need the same ones cannot deadlock;
 //! 3. read the aggregates' sequences with a snapshot taken after the locks: one from before would not show what the locks'
-//!    last holder committed, and the push would take a sequence that is taken;
+//!    last holder committed, and the push would take a sequence that is taken (one event that expects nothing has its INSERT
+//!    read it, whose snapshot is newer still);
 //! 4. event ids, expected sequences, unique keys;
 //! 5. WRITER_START and WRITER: whatever can wait for another transaction is done, so a push never waits while readers may be
 //!    waiting for it;
@@ -12,11 +13,16 @@
 //!
 //! Event ids come before expected sequences, so that a push repeated because the answer to its COMMIT was lost is told 23505
 //! and not LS001, whatever it expects.
+//!
+//! A ticket must also be above the log, or the events would land among those that projections have passed. Pushes alone keep
+//! it so. What else writes the log (a logical replication, a partial restore) leaves the sequence behind; a backend looks for
+//! that at its first push to a tenant, when the sequence went back, and again once a second.
 
 use pgrx::Uuid;
 use pgrx::datum::TimestampWithTimeZone;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use super::input::NewEvent;
 use super::unique;
@@ -40,14 +46,6 @@ struct Aggregates<'a> {
     of_event: Vec<usize>,
 }
 
-/// What the log holds before the push.
-struct Before {
-    /// The last sequence of each aggregate of the push; 0 if it is new.
-    sequences: Vec<i64>,
-    /// A ticket in the tenant's log above the sequence's value of before this was read, if there is one.
-    above: Option<i64>,
-}
-
 /// Pushes the events and returns where each went, in order.
 pub fn push(
     function: &'static str,
@@ -59,13 +57,17 @@ pub fn push(
     lock::acquire_sorted(tags(tenant, events, &aggregates)?);
 
     let spi = Spi::connect();
-    let before = read_before(&spi, tenant, &aggregates)?;
-    refuse_sequence_behind_log(tenant, before.above)?;
-    refuse_known_event_ids(&spi, tenant, events)?;
-    let sequences = assign_sequences(events, &aggregates, before.sequences)?;
+    let sequences = if is_plain(events) {
+        None
+    } else {
+        let last = read_sequences(&spi, tenant, &aggregates)?;
+        refuse_known_event_ids(&spi, tenant, events)?;
+        Some(assign_sequences(events, &aggregates, last)?)
+    };
     let unique_keys = unique::plan(&spi, tenant, events)?;
 
     let start = lock_writer(tenant);
+    refuse_sequence_behind_log(&spi, tenant, start)?;
     let ticket = sequence::TICKET.next();
     if ticket <= start {
         // Not with CACHE 1, unless someone set the sequence back just now.
@@ -76,7 +78,13 @@ pub fn push(
     }
     let created_at = pgrx::datum::clock_timestamp();
     unique_keys.apply(&spi, tenant, |event| Position::new(ticket, event))?;
-    insert(&spi, tenant, ticket, created_at, events, &sequences);
+    let sequences = match sequences {
+        Some(sequences) => {
+            insert(&spi, tenant, ticket, created_at, events, &sequences);
+            sequences
+        }
+        None => vec![insert_plain(&spi, tenant, ticket, created_at, &events[0])],
+    };
 
     Ok(sequences
         .into_iter()
@@ -106,21 +114,27 @@ impl<'a> Aggregates<'a> {
     }
 }
 
+/// One event about which nothing needs to be known beforehand. Under a transaction snapshot the aggregate must be looked at.
+fn is_plain(events: &[NewEvent]) -> bool {
+    matches!(events, [event] if event.expected_sequence.is_none()
+        && event.event_id.is_none()
+        && !snapshot::is_transaction_snapshot())
+}
+
 /// The locks of the push, each once.
-fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<HashSet<Tag>, Error> {
+fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Vec<Tag>, Error> {
     let names = aggregates.names.iter();
-    let mut tags: HashSet<Tag> = names
+    let mut tags: Vec<Tag> = names
         .map(|(aggregate_type, aggregate_id)| Tag::aggregate(tenant, aggregate_type, aggregate_id))
         .collect();
     for event in events {
         let operations = event.unique.iter();
         tags.extend(operations.flat_map(|operation| operation.tags(tenant)));
-        tags.extend(
-            event
-                .event_id
-                .map(|id| Tag::event_id(tenant, id.as_bytes())),
-        );
+        let event_id = event.event_id;
+        tags.extend(event_id.map(|id| Tag::event_id(tenant, id.as_bytes())));
     }
+    tags.sort_unstable();
+    tags.dedup();
     let limit = guc::MAX_AGGREGATES_PER_PUSH.get() as usize;
     if tags.len() > limit {
         return Err(Error::TooManyKeys {
@@ -131,69 +145,50 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ha
     Ok(tags)
 }
 
-/// Under a transaction snapshot the push must not build on what that snapshot does not show: it compares the two.
-fn read_before(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Before, Error> {
-    let latest = read_before_at(spi, At::Latest, tenant, aggregates);
+/// The last sequence of each aggregate; 0 for a new one. Under a transaction snapshot the push must not build on what that
+/// snapshot does not show: it compares the two.
+fn read_sequences(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Vec<i64>, Error> {
+    let latest = read_sequences_at(spi, At::Latest, tenant, aggregates);
     if snapshot::is_transaction_snapshot() {
-        let seen = read_before_at(spi, At::Transaction, tenant, aggregates);
-        let moved = (0..aggregates.names.len())
-            .find(|&index| seen.sequences[index] != latest.sequences[index]);
-        if let Some(index) = moved {
+        let seen = read_sequences_at(spi, At::Transaction, tenant, aggregates);
+        if let Some(index) = (0..latest.len()).find(|&index| seen[index] != latest[index]) {
             let (aggregate_type, aggregate_id) = aggregates.names[index];
             return Err(Error::SerializationFailure(format!(
                 "Aggregate \"{aggregate_type}/{aggregate_id}\" is at sequence {}, in the transaction's snapshot at {}.",
-                latest.sequences[index], seen.sequences[index]
+                latest[index], seen[index]
             )));
         }
     }
     Ok(latest)
 }
 
-fn read_before_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> Before {
+fn read_sequences_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> Vec<i64> {
     static ONE: Plan = Plan::new(
-        "SELECT (SELECT e.sequence FROM lockstep.events AS e
-                 WHERE e.tenant = $1 AND e.aggregate_type = $2 AND e.aggregate_id = $3
-                 ORDER BY e.sequence DESC LIMIT 1),
-                (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-                 WHERE e.tenant = $1 AND e.position > $4 ORDER BY e.position DESC LIMIT 1)",
+        "SELECT e.sequence FROM lockstep.events AS e
+         WHERE e.tenant = $1 AND e.aggregate_type = $2 AND e.aggregate_id = $3
+         ORDER BY e.sequence DESC LIMIT 1",
     );
     static MANY: Plan = Plan::new(
         "SELECT (SELECT e.sequence FROM lockstep.events AS e
                  WHERE e.tenant = $1 AND e.aggregate_type = a.aggregate_type AND e.aggregate_id = a.aggregate_id
-                 ORDER BY e.sequence DESC LIMIT 1),
-                (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-                 WHERE e.tenant = $1 AND e.position > $4 ORDER BY e.position DESC LIMIT 1)
+                 ORDER BY e.sequence DESC LIMIT 1)
          FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
     );
-    let above = Arg::from(looks_above(tenant).then(|| Position::last_of(sequence::TICKET.value())));
     let rows = if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
         let args = [
             Arg::from(tenant),
             Arg::from(aggregate_type),
             Arg::from(aggregate_id),
-            above,
         ];
         spi.read(&ONE, at, &args)
     } else {
         let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
-        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids), above];
+        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
         spi.read(&MANY, at, &args)
     };
-    Before {
-        sequences: (0..aggregates.names.len())
-            .map(|row| rows.get(row, 1).unwrap_or(0))
-            .collect(),
-        above: rows.get(0, 2),
-    }
-}
-
-/// Whether to look for events above the sequence. In SERIALIZABLE only once a backend and tenant: the look takes a predicate
-/// lock on the end of the log, where every other push of the tenant inserts.
-fn looks_above(tenant: &str) -> bool {
-    thread_local! {
-        static SEEN: RefCell<HashSet<String>> = RefCell::default();
-    }
-    !snapshot::is_serializable() || SEEN.with_borrow_mut(|seen| seen.insert(tenant.to_owned()))
+    (0..aggregates.names.len())
+        .map(|row| rows.get(row, 1).unwrap_or(0))
+        .collect()
 }
 
 /// The events' ids are locked, so one that is not in the log now will not be there before this transaction ends.
@@ -247,18 +242,53 @@ fn assign_sequences(
         .collect()
 }
 
-/// After a logical replication or a partial restore the sequence may stand below the log, and new events would land among
-/// those that projections have passed. An event of a push that was faster than this one is no sign of that: the sequence's
-/// value, read after the event was seen, is not below it.
-fn refuse_sequence_behind_log(tenant: &str, above: Option<i64>) -> Result<(), Error> {
+/// An event above `value`, the sequence's value, is no sign of a sequence that was left behind if it comes from a push that was
+/// faster than this one: then the sequence's value, read after the event was seen, is not below it.
+fn refuse_sequence_behind_log(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
+    static ABOVE: Plan = Plan::new(
+        "SELECT trunc(e.position)::bigint FROM lockstep.events AS e
+         WHERE e.tenant = $1 AND e.position > $2 ORDER BY e.position DESC LIMIT 1",
+    );
+    if !looks_for_log_above(tenant, value) {
+        return Ok(());
+    }
+    let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
+    let above: Option<i64> = spi.read(&ABOVE, At::Latest, &args).get(0, 1);
     match above {
         Some(head) if head > sequence::TICKET.value() => Err(Error::TicketBehindLog {
-            value: sequence::TICKET.value(),
+            value,
             head,
             tenant: tenant.to_owned(),
         }),
         _ => Ok(()),
     }
+}
+
+/// In SERIALIZABLE the clock does not count: the look takes a predicate lock on the end of the log, where every other push of
+/// the tenant inserts, and conflicts with them all.
+fn looks_for_log_above(tenant: &str, value: i64) -> bool {
+    const INTERVAL: Duration = Duration::from_secs(1);
+    struct Look {
+        at: Instant,
+        value: i64,
+    }
+    thread_local! {
+        static LAST: RefCell<HashMap<String, Look>> = RefCell::default();
+    }
+    LAST.with_borrow_mut(|looks| {
+        let now = Instant::now();
+        let Some(last) = looks.get_mut(tenant) else {
+            looks.insert(tenant.to_owned(), Look { at: now, value });
+            return true;
+        };
+        let due = now.duration_since(last.at) >= INTERVAL && !snapshot::is_serializable();
+        let due = due || value < last.value;
+        last.value = value;
+        if due {
+            last.at = now;
+        }
+        due
+    })
 }
 
 /// Once per transaction and tenant: a second push is covered by the start of the first. Returns the sequence's value just
@@ -271,6 +301,37 @@ fn lock_writer(tenant: &str) -> i64 {
         writer.acquire(Mode::Shared);
     }
     start
+}
+
+/// Inserts one event as the next of its aggregate, and returns its sequence.
+fn insert_plain(
+    spi: &Spi,
+    tenant: &str,
+    ticket: i64,
+    created_at: TimestampWithTimeZone,
+    event: &NewEvent,
+) -> i64 {
+    static INSERT: Plan = Plan::new(
+        "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
+                                      event_type, payload, metadata)
+         VALUES ($1, $2, $3, $4, $5,
+                 COALESCE((SELECT e.sequence FROM lockstep.events AS e
+                           WHERE e.tenant = $1 AND e.aggregate_type = $4 AND e.aggregate_id = $5
+                           ORDER BY e.sequence DESC LIMIT 1), 0) + 1,
+                 $6, $7, $8)
+         RETURNING sequence",
+    );
+    let args = [
+        Arg::from(tenant),
+        Arg::from(created_at),
+        Arg::from(Position::new(ticket, 0)),
+        Arg::from(event.aggregate_type),
+        Arg::from(event.aggregate_id),
+        Arg::from(event.event_type),
+        Arg::from(event.payload),
+        Arg::from(event.metadata),
+    ];
+    spi.write(&INSERT, &args).get(0, 1).unwrap_or_default()
 }
 
 fn insert(

@@ -319,3 +319,15 @@ def test_a_push_on_an_aggregate_that_moved_after_the_transactions_snapshot_is_40
         push(session, "one")
         push(session, "one")
     assert len(log(session)) == 4
+
+
+def test_a_projection_dropped_by_the_transaction_that_claimed_it_leaves_no_cursor_for_its_successor(session):
+    positions = [push(session) for _ in range(3)]
+    with session.transaction():
+        claim(session)
+        session.execute("SELECT lockstep.projection_drop('p')")
+        with raises("LS002"), session.transaction():
+            advance(session)
+    assert cursor_of(session) is None
+    session.execute("SELECT lockstep.projection_create('p')")
+    assert drain(session) == positions

@@ -57,7 +57,8 @@ def test_a_restore_keeps_definitions_owners_and_cursors(db, cluster, tmp_path):
     session = db.connect()
     session.execute("CREATE FUNCTION public.handle(lockstep.events) RETURNS void LANGUAGE sql AS ''")
     session.execute(
-        """SELECT lockstep.projection_create('p', aggregate_types => '{order}', event_types => '{added}', batch_size => 7,
+        """SELECT lockstep.projection_create('p', aggregate_types => '{order}', event_types => '{added}',
+             batch_size => 7,
              handler => 'public.handle(lockstep.events)', max_failures => 3, retry_after => '2 minutes')"""
     )
     push(session)

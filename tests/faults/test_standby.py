@@ -99,7 +99,7 @@ def test_what_writes_or_locks_is_refused(request, db, where):
         "projection_advance": ("'p'", ()),
     }
     if where == "a standby":
-        refused |= {name: ("", ()) for name in ("barrier", "horizon", "projection_due")}
+        refused |= dict.fromkeys(("barrier", "horizon", "projection_due"), ("", ()))
         refused["projection_claim_state"] = ("'p'", ())
     for name, (arguments, values) in refused.items():
         with raises("25006") as caught, session.transaction():

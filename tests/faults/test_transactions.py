@@ -2,7 +2,7 @@
 
 from psycopg.types.json import Jsonb
 from server import wait_for_lock_wait
-from sessions import call, claim_and_advance, drain, log, push, raises, start
+from sessions import call, claim, claim_and_advance, drain, log, push, raises, start
 
 
 def test_a_deferred_trigger_that_pushes_at_commit_is_seen_though_a_claim_passed_in_between(db):
@@ -178,7 +178,8 @@ def test_plpgsql_catches_a_sequence_conflict_by_its_sqlstate_with_its_fields(db)
     push(session, "one")
     session.execute(
         """
-        CREATE FUNCTION try_push(OUT state text, OUT message text, OUT detail text, OUT hint text) LANGUAGE plpgsql AS $$
+        CREATE FUNCTION try_push(OUT state text, OUT message text, OUT detail text, OUT hint text)
+        LANGUAGE plpgsql AS $$
         BEGIN
             PERFORM lockstep.push_event('order', 'one', 'added', expected_sequence => 5);
         EXCEPTION WHEN SQLSTATE 'LS001' THEN
@@ -231,3 +232,30 @@ def test_an_error_inside_a_transaction_aborts_it_as_any_error_does(db):
         push(session, "one")
     session.execute("ROLLBACK")
     assert log(session) == []
+
+
+def test_a_claim_and_a_writer_that_need_each_other_are_a_deadlock_that_postgresql_ends(db):
+    writer, worker, observer = db.connect(), db.connect(), db.connect()
+    observer.execute("SELECT lockstep.projection_create('p')")
+    observer.execute("CREATE TABLE model AS SELECT 1 AS n")
+    writer.execute("BEGIN")
+    push(writer)
+    worker.execute("BEGIN")
+    worker.execute("UPDATE model SET n = 2")
+    claiming = start(claim, worker)
+    wait_for_lock_wait(observer, worker.info.backend_pid)
+    updating = start(writer.execute, "UPDATE model SET n = 3")
+    with raises("40P01"):
+        for future in (claiming, updating):
+            future.result(30)
+
+
+def test_the_extension_can_be_dropped_and_created_again_in_one_session(db):
+    session = db.connect()
+    for _ in range(2):
+        session.execute("SELECT lockstep.projection_create('p')")
+        position = push(session, "one")
+        assert call(session, "barrier") == [(position,)]
+        assert drain(session) == [position] == log(session)
+        session.execute("DROP EXTENSION lockstep")
+        session.execute("CREATE EXTENSION lockstep")

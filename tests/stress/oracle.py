@@ -1,14 +1,15 @@
-"""The stress oracle: random writers, concurrent readers, and at the end the question whether each reader saw what was committed.
+"""The stress oracle: random writers, concurrent readers, and whether each reader saw what was committed.
 
 By hand, against a database with the extension in it:
 
     python tests/stress/oracle.py --seconds 300 --dsn "host=/tmp dbname=scratch user=postgres"
 
-Writers hold transactions open for random times, push several times in one, roll back, use savepoints, and are killed. Readers
-insert what they see into a table in the transaction that moves their cursor, so nothing but the reading protocol decides what is in
-it. Every reader's table must hold exactly what is in the log, once, in order, and the log exactly what writers committed.
+Writers hold transactions open for random times, push several times in one, roll back, use savepoints, and are
+killed. Readers insert what they see into a table in the transaction that moves their cursor, so nothing but the reading
+protocol decides what is in it. Every reader's table must hold exactly what is in the log, once, in order, and the log
+exactly what writers committed.
 
-The modes `naive` and `early_snapshot` replace the readers by protocols that lose events; they show that the oracle can tell.
+The modes `naive` and `early_snapshot` replace the readers by protocols that lose events; they show that it can tell.
 """
 
 import argparse
@@ -80,7 +81,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """A run's outcome. `problems` holds what is wrong in any mode: unexpected errors, a log that is not what was committed."""
+    """A run's outcome. `problems`: unexpected errors, or a log that is not what was committed, in whatever mode."""
 
     mode: str
     seed: int
@@ -301,9 +302,9 @@ class Run:
         if positions:
             if dice.random() < 0.2:
                 positions = positions[: dice.randint(1, len(positions))]
-            connection.cursor().executemany(
-                "INSERT INTO oracle.seen (reader, tenant, position) VALUES (%s, %s, %s)",
-                [(reader.name, tenant, position) for position in positions],
+            connection.execute(
+                "INSERT INTO oracle.seen (reader, tenant, position) SELECT %s, %s, unnest(%s::numeric[])",
+                (reader.name, tenant, positions),
             )
             advance(positions[-1])
             if dice.random() < 0.1:
