@@ -472,4 +472,45 @@ mod tests {
         run("SELECT lockstep.push_event('a', 'b', 'c')");
         assert_eq!(sqlstate("SELECT lockstep.projection_wait('p', 1)"), "25000");
     }
+
+    fn status(columns: &str) -> String {
+        list(&format!("SELECT concat_ws(' ', {columns}) FROM lockstep.projection_status ORDER BY projection, tenant"))
+    }
+
+    #[pg_test]
+    fn the_status_tells_state_backlog_and_failures() {
+        log(3);
+        handlers();
+        run("INSERT INTO public.bad VALUES ('2')");
+        run("SELECT lockstep.projection_create('p', handler => 'public.apply(lockstep.events)')");
+        let columns = "position - 1000000, head - 1000000, behind, behind_capped, state, failures, skipped, last_error";
+        assert_eq!(status("state, behind, oldest_unapplied_age IS NOT NULL, last_applied_at IS NULL"), "idle 3 t t");
+        assert_eq!(run_once(), "failed 1 0 t");
+        assert_eq!(status(columns), "1 3 2 f running 1 0 cannot apply 2");
+        assert_eq!(one::<i32>("SELECT claim_pid FROM lockstep.projection_status"), one::<i32>("SELECT pg_backend_pid()"));
+        run("UPDATE lockstep.projection_cursors SET retry_at = NULL");
+        run("SELECT lockstep.projection_alter('p', event_types => '{y}')");
+        assert_eq!(status("behind"), "0");
+    }
+
+    #[pg_test]
+    fn the_backlog_is_counted_to_ten_thousand() {
+        log(10_001);
+        run("SELECT lockstep.projection_create('p')");
+        run("SELECT lockstep.projection_create('q', start_after => 1000001)");
+        assert_eq!(status("projection, behind, behind_capped"), "p 10000 t,q 10000 t");
+        run("SELECT lockstep.projection_reset('q', 1000002)");
+        assert_eq!(status("projection, behind, behind_capped"), "p 10000 t,q 9999 f");
+    }
+
+    #[pg_test]
+    fn writers_lists_pushes_in_flight() {
+        run("SELECT lockstep.push_event('a', '1', 'x', tenant => 't')");
+        assert_eq!(
+            list("SELECT concat_ws(' ', tenant, pid = pg_backend_pid(), gid, transaction_start = now(),
+                                   least_position <= (SELECT max(position) FROM lockstep.events))
+                  FROM lockstep.writers"),
+            "t t t t"
+        );
+    }
 }

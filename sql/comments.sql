@@ -85,3 +85,12 @@ COMMENT ON FUNCTION lockstep.failed_event_retry(text, numeric, text) IS
 'Applies a skipped event again with the handler, with the caller''s rights; true if it succeeded. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
 COMMENT ON FUNCTION lockstep.failed_event_discard(text, numeric, text) IS
 'Forgets a skipped event. Raises 42704, 22023, 55000.';
+
+COMMENT ON FUNCTION lockstep.writer_locks() IS
+'The pushes in flight, from the lock table. See the view lockstep.writers.';
+COMMENT ON FUNCTION lockstep.projection_locks() IS
+'The claims held, from the lock table. See the view lockstep.projection_status.';
+COMMENT ON VIEW lockstep.writers IS
+'The pushes in flight: tenant (null if none of its events is visible yet), pid or, of a prepared transaction, gid, start of the transaction, and the least position that its events can have.';
+COMMENT ON VIEW lockstep.projection_status IS
+'Each projection in each tenant: how far it is, how far behind (events that pass its filter among at most 10,000 after the cursor), what it is doing and for whom it waits, failures of the event being retried, events skipped, the last error.';

@@ -8,3 +8,5 @@ REVOKE ALL ON SCHEMA lockstep FROM PUBLIC;
 -- No function is STRICT; pgrx makes those without arguments so.
 ALTER FUNCTION lockstep.ticket_resync() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.after_data_loss() CALLED ON NULL INPUT;
+ALTER FUNCTION lockstep.writer_locks() CALLED ON NULL INPUT;
+ALTER FUNCTION lockstep.projection_locks() CALLED ON NULL INPUT;

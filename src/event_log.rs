@@ -13,16 +13,20 @@ mod unique;
 use input::NewEvent;
 use pgrx::prelude::*;
 use push::Pushed;
+use std::collections::HashMap;
 
 use crate::argument;
 use crate::error::{Error, OrRaise};
 use crate::jsonb::Jsonb;
+use crate::lock::{self, Holder};
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot;
-use crate::spi::{Columns, Events, Table};
+use crate::spi::{Columns, Events, Spi, Table};
 
-pub use read::{Filter, Range, event_at, last_position, position_before, position_of_nth, scan};
+pub use read::{
+    Filter, Range, event_at, last_position, position_before, position_of_nth, scan, tenants,
+};
 
 /// Appends the events of the array `events` atomically, in order, and returns a row for each, in the order given.
 ///
@@ -237,4 +241,43 @@ fn after_data_loss() {
         Ok::<_, Error>(())
     };
     run().or_raise()
+}
+
+/// Lists the pushes in flight: the tenant (NULL if none of its events is visible yet), the backend's pid, or the transaction id
+/// if it is a prepared transaction, and the least position that its events can have. What `lockstep.writers` is made of.
+#[pg_extern(security_definer, volatile, parallel_unsafe)]
+#[search_path(pg_catalog, lockstep, pg_temp)]
+#[allow(clippy::type_complexity)]
+fn writer_locks() -> TableIterator<
+    'static,
+    (
+        name!(tenant, Option<String>),
+        name!(pid, Option<i32>),
+        name!(prepared_transaction, Option<i64>),
+        name!(least_position, Position),
+    ),
+> {
+    let run = || {
+        snapshot::require_primary("writer_locks")?;
+        let by_key: HashMap<u32, String> = read::tenants(&Spi::connect())
+            .into_iter()
+            .map(|tenant| (lock::tenant_key(&tenant), tenant))
+            .collect();
+        let writer = |(key, position, holder): (u32, Position, Holder)| {
+            let prepared = holder.prepared_transaction();
+            (
+                by_key.get(&key).cloned(),
+                prepared.is_none().then_some(holder.pid),
+                prepared.map(i64::from),
+                position,
+            )
+        };
+        Ok::<_, Error>(
+            settle::Horizons::now()
+                .writers()
+                .map(writer)
+                .collect::<Vec<_>>(),
+        )
+    };
+    TableIterator::new(run().or_raise())
 }

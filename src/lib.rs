@@ -27,10 +27,19 @@ extension_sql_file!(
     requires = ["event_log"]
 );
 extension_sql_file!(
+    "../sql/status.sql",
+    name = "status",
+    requires = [
+        "projection",
+        event_log::writer_locks,
+        projection::projection_locks,
+    ]
+);
+extension_sql_file!(
     "../sql/comments.sql",
     name = "comments",
     requires = [
-        "projection",
+        "status",
         event_log::push_events,
         event_log::push_event,
         event_log::barrier,

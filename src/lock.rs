@@ -276,11 +276,27 @@ pub fn lock_sequence(sequence: pg_sys::Oid) {
     unsafe { pg_sys::LockRelationOid(sequence, pg_sys::ShareRowExclusiveLock as pg_sys::LOCKMODE) }
 }
 
+/// Who holds a lock: a backend, or a prepared transaction, which has no process and the pid 0.
+#[derive(Clone, Copy)]
+pub struct Holder {
+    pub pid: i32,
+    /// Of a prepared transaction: its transaction id.
+    local_transaction: u32,
+}
+
+impl Holder {
+    pub fn prepared_transaction(self) -> Option<u32> {
+        (self.pid == 0).then_some(self.local_transaction)
+    }
+}
+
 /// The extension's locks in this database as they stood at one moment.
 #[derive(Default)]
 pub struct Locks {
     /// By tenant key: the WRITER_START locks of other transactions, prepared ones too.
     starts: HashMap<u32, Vec<Tag>>,
+    /// Every WRITER_START and every PROJECTION lock, with who holds it.
+    held: Vec<(Tag, Holder)>,
     /// What other transactions hold exclusively.
     exclusive_elsewhere: HashSet<Tag>,
     this_transaction_pushed: bool,
@@ -311,7 +327,15 @@ impl Locks {
                         field3: tag.locktag_field3,
                     };
                     let exclusive = lock.holdMask & (1 << Mode::Exclusive.as_pg()) != 0;
-                    locks.add(tag, exclusive, lock.pid == pg_sys::MyProcPid);
+                    #[cfg(any(feature = "pg15", feature = "pg16"))]
+                    let local_transaction = lock.lxid;
+                    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+                    let local_transaction = lock.vxid.localTransactionId;
+                    let holder = Holder {
+                        pid: lock.pid,
+                        local_transaction,
+                    };
+                    locks.add(tag, exclusive, lock.pid == pg_sys::MyProcPid, holder);
                 }
             }
             if !(*data).locks.is_null() {
@@ -322,7 +346,10 @@ impl Locks {
         locks
     }
 
-    fn add(&mut self, tag: Tag, exclusive: bool, own: bool) {
+    fn add(&mut self, tag: Tag, exclusive: bool, own: bool, holder: Holder) {
+        if tag.is(Kind::WriterStart) || tag.is(Kind::Projection) {
+            self.held.push((tag, holder));
+        }
         if own {
             self.this_transaction_pushed |= tag.is(Kind::Writer);
         } else if tag.is(Kind::WriterStart) {
@@ -342,6 +369,21 @@ impl Locks {
     pub fn least_writer_start(&self, tenant: &str, ceiling: i64) -> Option<i64> {
         let starts = self.starts.get(&tenant_key(tenant))?;
         starts.iter().map(|tag| tag.start_at_most(ceiling)).min()
+    }
+
+    /// The pushes in flight, this transaction's too: the key of the tenant, the ticket that the push's one is above, and whose
+    /// it is. `ceiling` as in `least_writer_start`.
+    pub fn writers(&self, ceiling: i64) -> impl Iterator<Item = (u32, i64, Holder)> {
+        self.held
+            .iter()
+            .filter(|(tag, _)| tag.is(Kind::WriterStart))
+            .map(move |(tag, holder)| (tag.field2, tag.start_at_most(ceiling), *holder))
+    }
+
+    /// The claims held, this transaction's too.
+    pub fn claims(&self) -> HashMap<Tag, Holder> {
+        let claims = self.held.iter().filter(|(tag, _)| tag.is(Kind::Projection));
+        claims.copied().collect()
     }
 
     /// Whether another transaction has claimed the projection for the tenant, or is changing its definition.
@@ -370,7 +412,8 @@ impl Tag {
     }
 }
 
-fn tenant_key(tenant: &str) -> u32 {
+/// What a WRITER_START lock tells of its tenant.
+pub fn tenant_key(tenant: &str) -> u32 {
     hash(&[tenant.as_bytes()]) as u32
 }
 

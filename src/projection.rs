@@ -417,3 +417,28 @@ fn projection_due(
     };
     TableIterator::new(run().or_raise())
 }
+
+/// Lists the claims held: projection, tenant, and the backend's pid, NULL for a prepared transaction. A claim in a tenant without
+/// events and cursor is not listed. What `lockstep.projection_status` is made of.
+#[pg_extern(security_definer, volatile, parallel_unsafe)]
+#[search_path(pg_catalog, lockstep, pg_temp)]
+fn projection_locks() -> TableIterator<
+    'static,
+    (
+        name!(projection, String),
+        name!(tenant, String),
+        name!(pid, Option<i32>),
+    ),
+> {
+    let row = |held: due::Held| {
+        let pid = Some(held.holder.pid).filter(|pid| *pid != 0);
+        (held.projection, held.tenant, pid)
+    };
+    TableIterator::new(
+        due::claims()
+            .or_raise()
+            .into_iter()
+            .map(row)
+            .collect::<Vec<_>>(),
+    )
+}

@@ -157,6 +157,15 @@ pub fn position_of_nth(tenant: &str, range: Range, n: i64) -> Option<Position> {
     Spi::connect().read(&NTH, At::Latest, &args).get(0, 1)
 }
 
+/// The tenants that have events.
+pub fn tenants(spi: &Spi) -> Vec<String> {
+    static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
+    let rows = spi.read(&TENANTS, At::Latest, &[]);
+    (0..rows.count())
+        .filter_map(|row| rows.get(row, 1))
+        .collect()
+}
+
 /// The greatest ticket in the log of any tenant; 0 if it is empty.
 pub fn last_ticket() -> i64 {
     static LAST: Plan = Plan::new("SELECT trunc(max(head))::bigint FROM lockstep.tenants");

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 use crate::error::Error;
-use crate::lock::{self, Locks};
+use crate::lock::{self, Holder, Locks};
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot;
@@ -38,6 +38,13 @@ impl Horizons {
     pub fn of(&self, tenant: &str) -> Position {
         let start = self.locks.least_writer_start(tenant, self.ceiling);
         Position::last_of(start.map_or(self.cut, |start| start.clamp(0, self.cut)))
+    }
+
+    /// The pushes in flight: the key of the tenant, the least position that the push can have, and whose it is.
+    pub fn writers(&self) -> impl Iterator<Item = (u32, Position, Holder)> {
+        self.locks
+            .writers(self.ceiling)
+            .map(|(tenant, start, holder)| (tenant, Position::new(start.max(0) + 1, 0), holder))
     }
 
     pub fn locks(&self) -> &Locks {

@@ -11,7 +11,7 @@ use super::held;
 use crate::argument;
 use crate::error::Error;
 use crate::event_log::settle::{self, Horizons};
-use crate::event_log::{Filter, event_at, last_position};
+use crate::event_log::{Filter, event_at, last_position, tenants};
 use crate::lock::{Mode, Tag};
 use crate::position::Position;
 use crate::rights::{self, Procedure, Role};
@@ -129,7 +129,6 @@ fn delete_cursors(spi: &Spi, name: &str) {
 
 /// Puts a cursor at what each tenant has settled now. Events that are visible but not settled come later, as any others.
 fn start_at_horizons(spi: &Spi, name: &str) {
-    static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
     static INSERT: Plan = Plan::new(
         "INSERT INTO lockstep.projection_cursors (projection, tenant, position)
          SELECT $1, t.tenant, settled.position
@@ -139,10 +138,7 @@ fn start_at_horizons(spi: &Spi, name: &str) {
                              ORDER BY e.position DESC LIMIT 1) AS settled",
     );
     let horizons = Horizons::now();
-    let rows = spi.read(&TENANTS, At::Latest, &[]);
-    let tenants: Vec<String> = (0..rows.count())
-        .filter_map(|row| rows.get(row, 1))
-        .collect();
+    let tenants = tenants(spi);
     let positions: Vec<Position> = tenants.iter().map(|tenant| horizons.of(tenant)).collect();
     let args = [Arg::from(name), Arg::from(tenants), Arg::from(positions)];
     spi.write(&INSERT, &args);

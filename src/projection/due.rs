@@ -1,14 +1,15 @@
-//! Which projections have work, for a worker to choose from.
+//! Which projections have work, for a worker to choose from, and which are being worked on.
 
 use crate::error::Error;
 use crate::event_log::settle::Horizons;
+use crate::event_log::tenants;
+use crate::lock::{Holder, Locks, Tag};
 use crate::position::Position;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 
 /// (projection, tenant) pairs with settled events after the cursor, the longest waiting first.
 pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
-    static TENANTS: Plan = Plan::new("SELECT tenant FROM lockstep.tenants");
     // The tenant's head first, one descent a tenant, so that only the pairs that are behind are looked into.
     static BEHIND: Plan = Plan::joining(
         "SELECT p.name, t.tenant, next.created_at
@@ -36,10 +37,7 @@ pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, S
         require_known(&spi, names)?;
     }
     let horizons = Horizons::now();
-    let rows = spi.read(&TENANTS, At::Latest, &[]);
-    let tenants: Vec<String> = (0..rows.count())
-        .filter_map(|row| rows.get(row, 1))
-        .collect();
+    let tenants = tenants(&spi);
     let bounds: Vec<Position> = tenants.iter().map(|tenant| horizons.of(tenant)).collect();
     let args = [Arg::from(tenants), Arg::from(bounds), Arg::from(names)];
     let rows = spi.read(&BEHIND, At::Latest, &args);
@@ -59,4 +57,37 @@ fn require_known(spi: &Spi, names: &[String]) -> Result<(), Error> {
         .read(&UNKNOWN, At::Latest, &[Arg::from(names.to_vec())])
         .get(0, 1);
     unknown.map_or(Ok(()), |name| Err(Error::UndefinedProjection(name)))
+}
+
+/// A claim that is held, and by whom.
+pub struct Held {
+    pub projection: String,
+    pub tenant: String,
+    pub holder: Holder,
+}
+
+/// The claims held now. The names are found by their locks' keys, so only when there are locks.
+pub fn claims() -> Result<Vec<Held>, Error> {
+    static PAIRS: Plan = Plan::joining(
+        "SELECT p.name, t.tenant FROM lockstep.projections AS p
+         CROSS JOIN (SELECT t.tenant FROM lockstep.tenants AS t
+                     UNION SELECT c.tenant FROM lockstep.projection_cursors AS c) AS t",
+    );
+    snapshot::require_primary("projection_locks")?;
+    let claims = Locks::now().claims();
+    if claims.is_empty() {
+        return Ok(Vec::new());
+    }
+    let spi = Spi::connect();
+    let rows = spi.read(&PAIRS, At::Latest, &[]);
+    let held = |row| {
+        let (projection, tenant): (String, String) = (rows.get(row, 1)?, rows.get(row, 2)?);
+        let holder = *claims.get(&Tag::projection(&projection, &tenant))?;
+        Some(Held {
+            projection,
+            tenant,
+            holder,
+        })
+    };
+    Ok((0..rows.count()).filter_map(held).collect())
 }
