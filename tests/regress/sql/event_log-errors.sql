@@ -213,6 +213,11 @@ SELECT position FROM lockstep.push_event('order', 'a', 'placed');
 SELECT setval('lockstep.ticket', 50);
 SELECT lockstep.push_event('order', 'b', 'placed');
 \echo :SQLSTATE
+-- Refused again, as often as it is tried.
+SELECT lockstep.push_event('order', 'b', 'placed');
+\echo :SQLSTATE
+SELECT lockstep.push_event('order', 'c', 'placed', expected_sequence => 0);
+\echo :SQLSTATE
 SELECT lockstep.ticket_resync();
 \echo :SQLSTATE
 SELECT position FROM lockstep.push_event('order', 'b', 'placed');
