@@ -65,6 +65,7 @@ pub fn push(
     let unique_keys = unique::plan(&spi, tenant, events)?;
 
     let start = lock_writer(tenant);
+    refuse_log_above(&spi, tenant, start)?;
     let ticket = sequence::TICKET.next();
     if ticket <= start {
         // Not with CACHE 1, unless someone set the sequence back just now.
@@ -77,15 +78,10 @@ pub fn push(
     unique_keys.apply(&spi, tenant, |event| Position::new(ticket, event))?;
     let sequences = match sequences {
         Some(sequences) => {
-            refuse_log_above(tenant, start, read_above(&spi, tenant, start))?;
             insert(&spi, tenant, ticket, created_at, events, &sequences);
             sequences
         }
-        None => {
-            let plain = insert_plain(&spi, tenant, start, ticket, created_at, &events[0]);
-            refuse_log_above(tenant, start, plain.above)?;
-            vec![plain.sequence]
-        }
+        None => vec![insert_plain(&spi, tenant, ticket, created_at, &events[0])],
     };
 
     Ok(sequences
@@ -244,42 +240,39 @@ fn assign_sequences(
         .collect()
 }
 
-/// `above`: a ticket in the log above `value`, the sequence's value of before. It is no sign of a sequence that was left behind
-/// if it comes from a push that was faster than this one: then the sequence's value, read now, is not below it.
-fn refuse_log_above(tenant: &str, value: i64, above: Option<i64>) -> Result<(), Error> {
-    match above {
-        Some(head) if head > sequence::TICKET.value() => Err(Error::TicketBehindLog {
-            value,
-            head,
-            tenant: tenant.to_owned(),
-        }),
-        _ => {
-            if snapshot::is_serializable() {
-                LOOKED.with_borrow_mut(|looked| looked.insert(tenant.to_owned(), value));
-            }
-            Ok(())
-        }
-    }
-}
-
-thread_local! {
-    /// By tenant: the sequence's value at this backend's last push in SERIALIZABLE.
-    static LOOKED: RefCell<HashMap<String, i64>> = RefCell::default();
-}
-
-/// In SERIALIZABLE a backend looks at its first push to a tenant, and when the sequence went back: the look takes a predicate
-/// lock on the end of the log, where every other push of the tenant inserts, and would conflict with them all.
-fn read_above(spi: &Spi, tenant: &str, value: i64) -> Option<i64> {
+/// `value`: the sequence's value. An event above it is no sign of a sequence that was left behind if it comes from a push that
+/// was faster than this one: then the sequence's value, read after the event was seen, is not below it.
+///
+/// In SERIALIZABLE a backend looks only at its first push to a tenant and when the sequence went back: the look takes a
+/// predicate lock on the end of the log, where every other push of the tenant inserts, and would conflict with them all.
+fn refuse_log_above(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
     static ABOVE: Plan = Plan::new(
         "SELECT trunc(e.position)::bigint FROM lockstep.events AS e
          WHERE e.tenant = $1 AND e.position > $2 ORDER BY e.position DESC LIMIT 1",
     );
-    let looked = || LOOKED.with_borrow(|looked| looked.get(tenant).is_some_and(|&at| at <= value));
-    if snapshot::is_serializable() && looked() {
-        return None;
+    thread_local! {
+        /// By tenant: the sequence's value at this backend's last push in SERIALIZABLE.
+        static LOOKED: RefCell<HashMap<String, i64>> = RefCell::default();
     }
-    let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
-    spi.read(&ABOVE, At::Latest, &args).get(0, 1)
+    let serializable = snapshot::is_serializable();
+    let looked = || LOOKED.with_borrow(|looked| looked.get(tenant).is_some_and(|&at| at <= value));
+    if !(serializable && looked()) {
+        let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
+        let above: Option<i64> = spi.read(&ABOVE, At::Latest, &args).get(0, 1);
+        if let Some(head) = above
+            && head > sequence::TICKET.value()
+        {
+            return Err(Error::TicketBehindLog {
+                value,
+                head,
+                tenant: tenant.to_owned(),
+            });
+        }
+    }
+    if serializable {
+        LOOKED.with_borrow_mut(|looked| looked.insert(tenant.to_owned(), value));
+    }
+    Ok(())
 }
 
 /// Once per transaction and tenant: a second push is covered by the start of the first. Returns the sequence's value just
@@ -294,21 +287,14 @@ fn lock_writer(tenant: &str) -> i64 {
     start
 }
 
-struct Plain {
-    sequence: i64,
-    /// As `read_above`.
-    above: Option<i64>,
-}
-
-/// Inserts one event as the next of its aggregate, and looks for events above `start`.
+/// Inserts one event as the next of its aggregate, and returns its sequence.
 fn insert_plain(
     spi: &Spi,
     tenant: &str,
-    start: i64,
     ticket: i64,
     created_at: TimestampWithTimeZone,
     event: &NewEvent,
-) -> Plain {
+) -> i64 {
     static INSERT: Plan = Plan::new(
         "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
                                       event_type, payload, metadata)
@@ -317,9 +303,7 @@ fn insert_plain(
                            WHERE e.tenant = $1 AND e.aggregate_type = $4 AND e.aggregate_id = $5
                            ORDER BY e.sequence DESC LIMIT 1), 0) + 1,
                  $6, $7, $8)
-         RETURNING sequence,
-                   (SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-                    WHERE e.tenant = $1 AND e.position > $9 ORDER BY e.position DESC LIMIT 1)",
+         RETURNING sequence",
     );
     let args = [
         Arg::from(tenant),
@@ -330,13 +314,8 @@ fn insert_plain(
         Arg::from(event.event_type),
         Arg::from(event.payload),
         Arg::from(event.metadata),
-        Arg::from(Position::last_of(start)),
     ];
-    let rows = spi.write(&INSERT, &args);
-    Plain {
-        sequence: rows.get(0, 1).unwrap_or_default(),
-        above: rows.get(0, 2),
-    }
+    spi.write(&INSERT, &args).get(0, 1).unwrap_or_default()
 }
 
 fn insert(
