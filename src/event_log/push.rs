@@ -15,14 +15,12 @@
 //! and not LS001, whatever it expects.
 //!
 //! A ticket must also be above the log, or the events would land among those that projections have passed. Pushes alone keep
-//! it so. What else writes the log (a logical replication, a partial restore) leaves the sequence behind; a backend looks for
-//! that at its first push to a tenant, when the sequence went back, and again once a second.
+//! it so, but what else writes the log (a logical replication, a partial restore) leaves the sequence behind: each push looks.
 
 use pgrx::Uuid;
 use pgrx::datum::TimestampWithTimeZone;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, Instant};
 
 use super::input::NewEvent;
 use super::unique;
@@ -67,7 +65,7 @@ pub fn push(
     let unique_keys = unique::plan(&spi, tenant, events)?;
 
     let start = lock_writer(tenant);
-    refuse_sequence_behind_log(&spi, tenant, start)?;
+    refuse_log_above(&spi, tenant, start)?;
     let ticket = sequence::TICKET.next();
     if ticket <= start {
         // Not with CACHE 1, unless someone set the sequence back just now.
@@ -133,7 +131,7 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ve
         let event_id = event.event_id;
         tags.extend(event_id.map(|id| Tag::event_id(tenant, id.as_bytes())));
     }
-    tags.sort_unstable();
+    tags.sort_unstable(); // only to count each once; lock.rs decides the order
     tags.dedup();
     let limit = guc::MAX_AGGREGATES_PER_PUSH.get() as usize;
     if tags.len() > limit {
@@ -242,53 +240,39 @@ fn assign_sequences(
         .collect()
 }
 
-/// An event above `value`, the sequence's value, is no sign of a sequence that was left behind if it comes from a push that was
-/// faster than this one: then the sequence's value, read after the event was seen, is not below it.
-fn refuse_sequence_behind_log(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
+/// `value`: the sequence's value. An event above it is no sign of a sequence that was left behind if it comes from a push that
+/// was faster than this one: then the sequence's value, read after the event was seen, is not below it.
+///
+/// In SERIALIZABLE a backend looks only at its first push to a tenant and when the sequence went back: the look takes a
+/// predicate lock on the end of the log, where every other push of the tenant inserts, and would conflict with them all.
+fn refuse_log_above(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
     static ABOVE: Plan = Plan::new(
         "SELECT trunc(e.position)::bigint FROM lockstep.events AS e
          WHERE e.tenant = $1 AND e.position > $2 ORDER BY e.position DESC LIMIT 1",
     );
-    if !looks_for_log_above(tenant, value) {
-        return Ok(());
-    }
-    let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
-    let above: Option<i64> = spi.read(&ABOVE, At::Latest, &args).get(0, 1);
-    match above {
-        Some(head) if head > sequence::TICKET.value() => Err(Error::TicketBehindLog {
-            value,
-            head,
-            tenant: tenant.to_owned(),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// In SERIALIZABLE the clock does not count: the look takes a predicate lock on the end of the log, where every other push of
-/// the tenant inserts, and conflicts with them all.
-fn looks_for_log_above(tenant: &str, value: i64) -> bool {
-    const INTERVAL: Duration = Duration::from_secs(1);
-    struct Look {
-        at: Instant,
-        value: i64,
-    }
     thread_local! {
-        static LAST: RefCell<HashMap<String, Look>> = RefCell::default();
+        /// By tenant: the sequence's value at this backend's last push in SERIALIZABLE.
+        static LOOKED: RefCell<HashMap<String, i64>> = RefCell::default();
     }
-    LAST.with_borrow_mut(|looks| {
-        let now = Instant::now();
-        let Some(last) = looks.get_mut(tenant) else {
-            looks.insert(tenant.to_owned(), Look { at: now, value });
-            return true;
-        };
-        let due = now.duration_since(last.at) >= INTERVAL && !snapshot::is_serializable();
-        let due = due || value < last.value;
-        last.value = value;
-        if due {
-            last.at = now;
+    let serializable = snapshot::is_serializable();
+    let looked = || LOOKED.with_borrow(|looked| looked.get(tenant).is_some_and(|&at| at <= value));
+    if !(serializable && looked()) {
+        let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
+        let above: Option<i64> = spi.read(&ABOVE, At::Latest, &args).get(0, 1);
+        if let Some(head) = above
+            && head > sequence::TICKET.value()
+        {
+            return Err(Error::TicketBehindLog {
+                value,
+                head,
+                tenant: tenant.to_owned(),
+            });
         }
-        due
-    })
+    }
+    if serializable {
+        LOOKED.with_borrow_mut(|looked| looked.insert(tenant.to_owned(), value));
+    }
+    Ok(())
 }
 
 /// Once per transaction and tenant: a second push is covered by the start of the first. Returns the sequence's value just

@@ -2,7 +2,8 @@
 
 import pytest
 from psycopg import sql
-from sessions import call, claim, push, raises
+from server import wait_for_lock_wait
+from sessions import call, claim, push, raises, start
 
 FUNCTIONS = """
     SELECT p.proname,
@@ -208,6 +209,20 @@ def test_after_projection_owner_the_new_owner_decides_and_the_old_one_does_not(r
     with raises("42501"):
         session.execute("SELECT lockstep.projection_drop('p')")
     roles.connect(stranger).execute("SELECT lockstep.projection_drop('p')")
+
+
+def test_a_former_owner_does_not_take_back_what_is_being_given_away(roles, owned):
+    owner, stranger = owned
+    giver, former = roles.connect("postgres"), roles.connect(owner)
+    former.execute("SELECT 1")
+    giver.execute("BEGIN")
+    giver.execute(f"SELECT lockstep.projection_owner('p', '{stranger}')")
+    taking_back = start(former.execute, f"SELECT lockstep.projection_owner('p', '{owner}')")
+    wait_for_lock_wait(roles.admin, former.info.backend_pid)
+    giver.execute("COMMIT")
+    with raises("42501"):
+        taking_back.result(30)
+    assert roles.admin.execute("SELECT owner FROM lockstep.projections").fetchone() == (stranger,)
 
 
 def test_the_projection_of_a_role_that_is_gone_is_a_superusers_to_drop(roles, owned):

@@ -259,3 +259,34 @@ def test_the_extension_can_be_dropped_and_created_again_in_one_session(db):
         assert drain(session) == [position] == log(session)
         session.execute("DROP EXTENSION lockstep")
         session.execute("CREATE EXTENSION lockstep")
+
+
+def test_serializable_pushes_to_different_aggregates_do_not_abort_each_other(db):
+    """A look at the end of the log in each push would: every other push of the tenant inserts there."""
+    admin = db.connect()
+    # A log large enough that two aggregates are not neighbours in the primary key.
+    admin.execute(
+        """INSERT INTO lockstep.events
+           SELECT '', n, 'order', md5(n::text), 1, 'x', NULL, NULL, NULL, now() FROM generate_series(1, 20000) AS n"""
+    )
+    admin.execute("SELECT setval('lockstep.ticket', 20000)")
+    admin.execute("ANALYZE lockstep.events")
+    first, second = db.connect(), db.connect()
+    for session in (first, second):
+        push(session)  # a backend's first push to a tenant does look
+    for round in range(20):
+        for session, aggregate in ((first, f"a{round}"), (second, f"f{round}")):
+            session.execute("BEGIN ISOLATION LEVEL SERIALIZABLE")
+            push(session, aggregate)
+        first.execute("COMMIT")
+        second.execute("COMMIT")
+
+
+def test_a_repeatable_read_statement_may_push_to_one_aggregate_twice(db):
+    session = db.connect()
+    session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    rows = session.execute(
+        "SELECT (lockstep.push_event('order', 'a', 'x')).sequence FROM generate_series(1, 2)"
+    ).fetchall()
+    session.execute("COMMIT")
+    assert rows == [(1,), (2,)]
