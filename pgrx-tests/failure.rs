@@ -338,6 +338,29 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_handler_cannot_run_or_claim_its_own_projection() {
+        log(3);
+        handlers();
+        run("CREATE TABLE public.nested (status text, claimed bigint)");
+        run("INSERT INTO public.bad VALUES ('3')");
+        run("CREATE FUNCTION public.nests(e lockstep.events) RETURNS void LANGUAGE plpgsql AS $$
+             BEGIN
+                 INSERT INTO public.nested
+                 SELECT r.status, (SELECT count(*) FROM lockstep.projection_claim('p')) FROM lockstep.projection_run('p') AS r;
+                 PERFORM public.apply(e);
+             END $$");
+        run(
+            "SELECT lockstep.projection_create('p', handler => 'public.nests(lockstep.events)', max_failures => 1)",
+        );
+        assert_eq!(run_once(), "ok 2 1 f");
+        assert_eq!(applied(), "1,2");
+        assert_eq!(
+            list("SELECT DISTINCT format('%s %s', status, claimed) FROM public.nested"),
+            "busy 0"
+        );
+    }
+
+    #[pg_test]
     fn a_handler_runs_with_its_callers_rights_and_search_path() {
         log(1);
         run("CREATE TABLE public.who (who text, path text)");
@@ -474,7 +497,9 @@ mod tests {
     }
 
     fn status(columns: &str) -> String {
-        list(&format!("SELECT concat_ws(' ', {columns}) FROM lockstep.projection_status ORDER BY projection, tenant"))
+        list(&format!(
+            "SELECT concat_ws(' ', {columns}) FROM lockstep.projection_status ORDER BY projection, tenant"
+        ))
     }
 
     #[pg_test]
@@ -484,10 +509,16 @@ mod tests {
         run("INSERT INTO public.bad VALUES ('2')");
         run("SELECT lockstep.projection_create('p', handler => 'public.apply(lockstep.events)')");
         let columns = "position - 1000000, head - 1000000, behind, behind_capped, state, failures, skipped, last_error";
-        assert_eq!(status("state, behind, oldest_unapplied_age IS NOT NULL, last_applied_at IS NULL"), "idle 3 t t");
+        assert_eq!(
+            status("state, behind, oldest_unapplied_age IS NOT NULL, last_applied_at IS NULL"),
+            "idle 3 t t"
+        );
         assert_eq!(run_once(), "failed 1 0 t");
         assert_eq!(status(columns), "1 3 2 f running 1 0 cannot apply 2");
-        assert_eq!(one::<i32>("SELECT claim_pid FROM lockstep.projection_status"), one::<i32>("SELECT pg_backend_pid()"));
+        assert_eq!(
+            one::<i32>("SELECT claim_pid FROM lockstep.projection_status"),
+            one::<i32>("SELECT pg_backend_pid()")
+        );
         run("UPDATE lockstep.projection_cursors SET retry_at = NULL");
         run("SELECT lockstep.projection_alter('p', event_types => '{y}')");
         assert_eq!(status("behind"), "0");
@@ -498,9 +529,15 @@ mod tests {
         log(10_001);
         run("SELECT lockstep.projection_create('p')");
         run("SELECT lockstep.projection_create('q', start_after => 1000001)");
-        assert_eq!(status("projection, behind, behind_capped"), "p 10000 t,q 10000 t");
+        assert_eq!(
+            status("projection, behind, behind_capped"),
+            "p 10000 t,q 10000 t"
+        );
         run("SELECT lockstep.projection_reset('q', 1000002)");
-        assert_eq!(status("projection, behind, behind_capped"), "p 10000 t,q 9999 f");
+        assert_eq!(
+            status("projection, behind, behind_capped"),
+            "p 10000 t,q 9999 f"
+        );
     }
 
     #[pg_test]

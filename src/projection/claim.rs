@@ -38,6 +38,10 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
     if request.wait {
         settle::refuse_after_push("projection_claim(wait => true)")?;
     }
+    if held::is_running(request.projection, request.tenant) {
+        // Nothing is remembered: the run's own claim is still to be advanced or failed.
+        return Ok(Events::none());
+    }
     if !lock(request) {
         return Ok(request.refused(Outcome::Busy));
     }

@@ -60,6 +60,29 @@ pub struct Batch {
     pub last: Position,
 }
 
+thread_local! {
+    /// The projections, with their tenants, whose handlers are running in this backend.
+    static RUNNING: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `body`, which calls the projection's handler. A claim of the same projection in there finds it busy: the lock is this
+/// transaction's own, and would not keep a handler from applying the batch that it is part of.
+pub fn while_running<T>(projection: &str, tenant: &str, body: impl FnOnce() -> T) -> T {
+    struct Pop;
+    impl Drop for Pop {
+        fn drop(&mut self) {
+            RUNNING.with_borrow_mut(Vec::pop);
+        }
+    }
+    RUNNING.with_borrow_mut(|running| running.push((projection.to_owned(), tenant.to_owned())));
+    let _pop = Pop;
+    body()
+}
+
+pub fn is_running(projection: &str, tenant: &str) -> bool {
+    RUNNING.with_borrow(|running| running.iter().any(|(p, t)| p == projection && t == tenant))
+}
+
 struct Entry {
     projection: String,
     tenant: String,

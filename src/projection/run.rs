@@ -33,14 +33,10 @@ pub struct Report {
 
 pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, Error> {
     let deadline = max_duration.and_then(|duration| Instant::now().checked_add(duration));
+    let (projection, tenant) = (request.projection, request.tenant);
+    let nested = held::is_running(projection, tenant);
     let events = rights::as_extension_owner(|| claim::claim(request))?;
-    let definition =
-        rights::as_extension_owner(|| cursor::read(request.projection, request.tenant));
-    let claim = held::last_claim(request.projection, request.tenant);
-    let Some(claim) = claim else {
-        return Err(Error::UndefinedProjection(request.projection.to_owned()));
-    };
-    let definition = definition?;
+    let definition = rights::as_extension_owner(|| cursor::read(projection, tenant))?;
     let nothing = |status, more| Report {
         status,
         processed: 0,
@@ -49,30 +45,34 @@ pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, 
         more,
     };
     if definition.handler.is_none() {
-        return Err(Error::NoHandler(request.projection.to_owned()));
+        return Err(Error::NoHandler(projection.to_owned()));
     }
-    match claim.outcome {
-        Outcome::Claimed { .. } => {}
-        Outcome::None { .. } => return Ok(nothing("ok", claim.more)),
-        refused => return Ok(nothing(refused.status(), false)),
-    }
-    let Ok(handler) = Handler::of(request.projection, &definition) else {
+    let more = match held::last_claim(projection, tenant) {
+        _ if nested => return Ok(nothing("busy", false)),
+        Some(claim) if matches!(claim.outcome, Outcome::Claimed { .. }) => claim.more,
+        Some(claim) if matches!(claim.outcome, Outcome::None { .. }) => {
+            return Ok(nothing("ok", claim.more));
+        }
+        Some(claim) => return Ok(nothing(claim.outcome.status(), false)),
+        None => return Ok(nothing("busy", false)),
+    };
+    let Ok(handler) = Handler::of(projection, &definition) else {
         pgrx::warning!(
             "handler {} of projection \"{}\" does not exist",
             definition.handler.unwrap_or_default(),
-            request.projection
+            projection
         );
         return Ok(nothing("failed", true));
     };
-    Run {
+    let run = Run {
         request,
         handler: &handler,
         events: &events,
         deadline,
         kept: 0,
         skipped: 0,
-    }
-    .all(claim.more)
+    };
+    held::while_running(projection, tenant, || run.all(more))
 }
 
 /// A handler, resolved for this call.
