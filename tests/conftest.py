@@ -69,6 +69,42 @@ def db(server):
         database.drop()
 
 
+class Roles:
+    """Roles that live as long as the test; roles belong to the whole server, so each name holds the database's."""
+
+    def __init__(self, db):
+        self.db = db
+        self.admin = db.connect()
+        self.names = []
+
+    def create(self, name, *statements):
+        """Creates a role and runs the statements, in which {role} stands for it; returns its name."""
+        role = f"{self.db.name}_{name}"
+        self.admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+        self.names.append(role)
+        for statement in statements:
+            self.admin.execute(statement.format(role=role))
+        return role
+
+    def connect(self, role):
+        return self.db.connect(user=role)
+
+    def drop(self):
+        for role in self.names:
+            self.admin.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(sql.Identifier(role)))
+        for role in self.names:
+            self.admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+@pytest.fixture
+def roles(db):
+    made = Roles(db)
+    try:
+        yield made
+    finally:
+        made.drop()
+
+
 @pytest.fixture
 def cluster():
     """Makes started clusters of one's own: `cluster(fsync="on")`. They are destroyed at the end of the test.

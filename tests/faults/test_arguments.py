@@ -22,12 +22,15 @@ VALID = {
     "after_sequence": "0",
     "barrier": "true",
     "batch_size": "10",
+    "error": "'no'",
+    "event_position": "2",
     "event_type": "'added'",
     "event_types": "ARRAY['added']",
     "events": """'[{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}]'""",
     "expected_sequence": "2",
     "handler": "'public.handle(lockstep.events)'",
     "if_not_exists": "true",
+    "max_duration": "'1 minute'",
     "max_events": "1",
     "max_failures": "5",
     "max_position": "2",
@@ -40,6 +43,7 @@ VALID = {
     "retry_after": "'1 second'",
     "start_after": "0",
     "tenant": "''",
+    "timeout": "'1 millisecond'",
     "up_to": "2",
     "wait": "false",
 }
@@ -59,11 +63,25 @@ MEANS_SOMETHING = {
     "projection_claim": {"max_events", "max_position"},
     "projection_create": {"aggregate_types", "event_types", "handler", "start_after"},
     "projection_due": {"names"},
+    "projection_pause": {"tenant"},
+    "projection_resume": {"tenant"},
+    "projection_run": {"max_duration", "max_events"},
     "push_event": {"expected_sequence", "metadata", "payload"},
     "read_events": {"aggregate_types", "event_types"},
 }
 
-BEFORE = {"projection_advance": "SELECT * FROM lockstep.projection_claim('p')"}
+CLAIM = "SELECT * FROM lockstep.projection_claim('p')"
+HANDLER = "SELECT lockstep.projection_alter('p', handler => 'public.handle(lockstep.events)', max_failures => 1);"
+DEAD_LETTER = f"{HANDLER} {CLAIM}; SELECT lockstep.projection_fail('p', 2, 'no')"
+
+# What must be done before a call with valid arguments.
+BEFORE = {
+    "failed_event_discard": DEAD_LETTER,
+    "failed_event_retry": DEAD_LETTER,
+    "projection_advance": CLAIM,
+    "projection_fail": CLAIM,
+    "projection_run": HANDLER,
+}
 
 
 @pytest.fixture
@@ -206,6 +224,36 @@ BAD = [
     ("projection_advance('')", "name"),
     ("projection_advance('p', up_to => -1)", "up_to"),
     ("projection_advance('p', up_to => 'NaN')", "up_to"),
+    ("projection_fail('', 1, 'no')", "name"),
+    ("projection_fail('p', -1, 'no')", "event_position"),
+    ("projection_fail('p', 'NaN', 'no')", "event_position"),
+    (f"projection_fail('p', 1, 'no', tenant => {LONG})", "tenant"),
+    ("projection_run('')", "name"),
+    ("projection_run('p', max_events => 0)", "max_events"),
+    ("projection_run('p', max_duration => '0')", "max_duration"),
+    ("projection_run('p', max_duration => '-1 second')", "max_duration"),
+    (f"projection_run('p', tenant => {LONG})", "tenant"),
+    ("projection_wait('', 1)", "name"),
+    ("projection_wait('p', -1)", "up_to"),
+    ("projection_wait('p', 'Infinity')", "up_to"),
+    ("projection_wait('p', 1, timeout => '0')", "timeout"),
+    ("projection_wait('p', 1, timeout => '-1 second')", "timeout"),
+    (f"projection_wait('p', 1, tenant => {LONG})", "tenant"),
+    ("projection_reset('')", "name"),
+    ("projection_reset('p', up_to => -1)", "up_to"),
+    ("projection_reset('p', up_to => 1.5)", "up_to"),
+    ("projection_reset('p', up_to => 3)", "up_to"),
+    (f"projection_reset('p', tenant => {LONG})", "tenant"),
+    ("projection_pause('')", "name"),
+    (f"projection_pause('p', tenant => {LONG})", "tenant"),
+    ("projection_resume('')", "name"),
+    (f"projection_resume('p', tenant => {LONG})", "tenant"),
+    ("failed_event_retry('', 1)", "name"),
+    ("failed_event_retry('p', 1)", "event_position"),
+    ("failed_event_retry('p', -1)", "event_position"),
+    ("failed_event_discard('', 1)", "name"),
+    ("failed_event_discard('p', 1)", "event_position"),
+    ("failed_event_discard('p', 'NaN')", "event_position"),
     ("projection_due(max_rows => 0)", "max_rows"),
     ("projection_due(ARRAY[''])", "names"),
 ]
@@ -222,8 +270,13 @@ def test_an_infinite_interval_is_no_duration(session):
     if session.info.server_version < 170000:
         pytest.skip("intervals are finite before PostgreSQL 17")
     for value in ("infinity", "-infinity"):
-        with raises("22023"):
-            session.execute("SELECT lockstep.projection_create('n', retry_after => %s)", (value,))
+        for call in (
+            "projection_create('n', retry_after => %s)",
+            "projection_run('p', max_duration => %s)",
+            "projection_wait('p', 1, timeout => %s)",
+        ):
+            with raises("22023"):
+                session.execute(f"SELECT lockstep.{call}", (value,))
 
 
 GOOD = '{"aggregate_type": "order", "aggregate_id": "two", "event_type": "added"}'
@@ -283,6 +336,13 @@ def test_a_bad_array_of_events_is_22023_naming_the_element_and_the_key_and_pushe
         "projection_alter('unknown')",
         "projection_owner('unknown', current_user::regrole)",
         "projection_due(ARRAY['p', 'unknown'])",
+        "projection_run('unknown')",
+        "projection_wait('unknown', 1)",
+        "projection_reset('unknown')",
+        "projection_pause('unknown')",
+        "projection_resume('unknown')",
+        "failed_event_retry('unknown', 1)",
+        "failed_event_discard('unknown', 1)",
     ],
 )
 def test_an_unknown_projection_is_42704_naming_it(session, expression):

@@ -1,7 +1,6 @@
 """What roles without rights cannot do, and what the granted ones can."""
 
 import pytest
-from psycopg import sql
 from server import wait_for_lock_wait
 from sessions import call, claim, push, raises, start
 
@@ -20,42 +19,6 @@ RELATIONS = """
     WHERE relnamespace = 'lockstep'::regnamespace AND relkind IN ('r', 'v', 'm', 'S', 'p')
     ORDER BY 1
 """
-
-
-class Roles:
-    """Roles that live as long as the test; roles belong to the whole server, so each name holds the database's."""
-
-    def __init__(self, db):
-        self.db = db
-        self.admin = db.connect()
-        self.names = []
-
-    def create(self, name, *statements):
-        """Creates a role and runs the statements, in which {role} stands for it; returns its name."""
-        role = f"{self.db.name}_{name}"
-        self.admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
-        self.names.append(role)
-        for statement in statements:
-            self.admin.execute(statement.format(role=role))
-        return role
-
-    def connect(self, role):
-        return self.db.connect(user=role)
-
-    def drop(self):
-        for role in self.names:
-            self.admin.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(sql.Identifier(role)))
-        for role in self.names:
-            self.admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
-
-
-@pytest.fixture
-def roles(db):
-    made = Roles(db)
-    try:
-        yield made
-    finally:
-        made.drop()
 
 
 USAGE = "GRANT USAGE ON SCHEMA lockstep TO {role}"
