@@ -108,7 +108,7 @@ fn insert(new: &NewProjection, owner: &str) -> bool {
     ];
     let created = spi.write(&INSERT, &args).count() == 1;
     if created {
-        delete_cursors(&spi, new.name);
+        delete_progress(&spi, new.name);
         if new.start_after.is_none() {
             start_at_horizons(&spi, new.name);
         }
@@ -117,7 +117,7 @@ fn insert(new: &NewProjection, owner: &str) -> bool {
 }
 
 /// Also when a projection is created: a cursor that was left over, by whatever way, would skip events silently.
-fn delete_cursors(spi: &Spi, name: &str) {
+fn delete_progress(spi: &Spi, name: &str) {
     static CURSORS: Plan =
         Plan::new("DELETE FROM lockstep.projection_cursors WHERE projection = $1");
     static PAUSES: Plan = Plan::new("DELETE FROM lockstep.projection_pauses WHERE projection = $1");
@@ -176,7 +176,7 @@ pub fn drop(name: &str) -> Result<(), Error> {
     static DEFINITION: Plan = Plan::new("DELETE FROM lockstep.projections WHERE name = $1");
     exclusively("projection_drop", name, || {
         let spi = Spi::connect();
-        delete_cursors(&spi, name);
+        delete_progress(&spi, name);
         spi.write(&DEFINITION, &[Arg::from(name)]);
     })
 }
