@@ -41,7 +41,8 @@ def free_places(database):
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_eight_workers_never_hold_more_than_two_claims_at_once(limited, wait):
-    """Each worker notes, while it holds a claim, how many others do: by locks that the extension knows nothing of."""
+    """Each worker notes, while it holds a claim, how many others do: by locks that the extension knows nothing of. They are given
+    back before COMMIT, which gives back locks in no particular order."""
     session = limited.connect()
     session.execute("CREATE TABLE public.seen (projection text, position numeric, at_once int)")
     positions = [push(session) for _ in range(25)]
@@ -54,13 +55,14 @@ def test_eight_workers_never_hold_more_than_two_claims_at_once(limited, wait):
                 batch = claim(connection, name, wait=wait)
                 if status(connection, name) == "busy":
                     continue
-                connection.execute("SELECT pg_advisory_xact_lock(1, %s)", (number,))
+                connection.execute("SELECT pg_advisory_lock(1, %s)", (number,))
                 connection.execute(
                     """INSERT INTO public.seen SELECT %s, unnest(%s::numeric[]), count(*) FROM pg_locks
                        WHERE locktype = 'advisory' AND classid = 1 AND objsubid = 2 AND granted""",
                     (name, batch),
                 )
                 connection.execute("SELECT lockstep.projection_advance(%s)", (name,))
+                connection.execute("SELECT pg_advisory_unlock(1, %s)", (number,))
                 left -= len(batch)
 
     for worker in start_together([lambda number=number: work(number) for number in range(WORKERS)]):
