@@ -1,7 +1,8 @@
 """A client that keeps a read model over the claim, a statement for each event.
-    client.py BATCH [savepoints]    a transaction for each BATCH events; a savepoint for each event, too"""
+    client.py BATCH [savepoints]    a transaction for each BATCH events; and a savepoint for each event"""
 
 import sys
+import time
 from contextlib import nullcontext
 
 import psycopg
@@ -12,6 +13,7 @@ ADD = """INSERT INTO bench.balances AS b (customer, balance) VALUES (%s, %s)
 batch, savepoints = int(sys.argv[1]), "savepoints" in sys.argv
 more = True
 with psycopg.connect(autocommit=True) as connection:
+    begun = time.monotonic()
     while more:
         with connection.transaction():
             events = connection.execute(
@@ -22,3 +24,4 @@ with psycopg.connect(autocommit=True) as connection:
                 with connection.transaction() if savepoints else nullcontext():
                     connection.execute(ADD, [payload["customer"], payload["amount"]])
             connection.execute("SELECT lockstep.projection_advance('add', tenant => 'log')")
+    print(f"Time: {(time.monotonic() - begun) * 1000:.3f} ms")

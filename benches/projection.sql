@@ -1,7 +1,7 @@
--- A log of 100,000 events, a read model, and who keeps it: a bare loop, or projection_run with one of two handlers.
+-- A log of 50,000 events, a read model, and who keeps it: a bare loop, or projection_run with one of two handlers.
 INSERT INTO lockstep.events
 SELECT 'log', n, 'order', (n / 10)::text, n % 10 + 1, 'paid', NULL, jsonb_build_object('amount', n, 'customer', 'c-' || n % 1000), NULL, now()
-FROM generate_series(1, 100000) AS n;
+FROM generate_series(1, 50000) AS n;
 SELECT lockstep.ticket_resync();
 VACUUM ANALYZE lockstep.events;
 
