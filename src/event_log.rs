@@ -264,11 +264,10 @@ fn writer_locks() -> TableIterator<
             .map(|tenant| (lock::tenant_key(&tenant), tenant))
             .collect();
         let writer = |(key, position, holder): (u32, Position, Holder)| {
-            let prepared = holder.prepared_transaction();
             (
                 by_key.get(&key).cloned(),
-                prepared.is_none().then_some(holder.pid),
-                prepared.map(i64::from),
+                Some(holder.pid).filter(|pid| *pid != 0),
+                holder.transaction_id.map(i64::from),
                 position,
             )
         };

@@ -34,7 +34,7 @@ pub fn register() {
     // A superuser's setting: sessions that disagree about it would not count alike.
     GucRegistry::define_int_guc(
         c"lockstep.max_parallel_claims",
-        c"Limits the transactions in the database that hold a claim with events.",
+        c"Limits the transactions in the database that hold a claim.",
         c"0 means no limit.",
         &MAX_PARALLEL_CLAIMS,
         0,

@@ -280,14 +280,16 @@ pub fn lock_sequence(sequence: pg_sys::Oid) {
 #[derive(Clone, Copy)]
 pub struct Holder {
     pub pid: i32,
-    /// Of a prepared transaction: its transaction id.
-    local_transaction: u32,
+    /// Of a prepared transaction.
+    pub transaction_id: Option<u32>,
 }
 
-impl Holder {
-    pub fn prepared_transaction(self) -> Option<u32> {
-        (self.pid == 0).then_some(self.local_transaction)
-    }
+/// Tells apart the holders without a process.
+fn virtual_transaction(lock: &pg_sys::LockInstanceData) -> (i32, u32) {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    return (lock.backend, lock.lxid);
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    return (lock.vxid.procNumber, lock.vxid.localTransactionId);
 }
 
 /// The extension's locks in this database as they stood at one moment.
@@ -314,6 +316,17 @@ impl Locks {
                 n if n > 0 => std::slice::from_raw_parts((*data).locks, n as usize),
                 _ => &[],
             };
+            // Every transaction that has an id holds a lock on it, a prepared one too.
+            let prepared: HashMap<(i32, u32), u32> = all
+                .iter()
+                .filter(|lock| {
+                    lock.pid == 0
+                        && lock.holdMask != 0
+                        && lock.locktag.locktag_type
+                            == pg_sys::LockTagType::LOCKTAG_TRANSACTION as u8
+                })
+                .map(|lock| (virtual_transaction(lock), lock.locktag.locktag_field1))
+                .collect();
             for lock in all {
                 let tag = &lock.locktag;
                 if tag.locktag_type == pg_sys::LockTagType::LOCKTAG_ADVISORY as u8
@@ -327,13 +340,9 @@ impl Locks {
                         field3: tag.locktag_field3,
                     };
                     let exclusive = lock.holdMask & (1 << Mode::Exclusive.as_pg()) != 0;
-                    #[cfg(any(feature = "pg15", feature = "pg16"))]
-                    let local_transaction = lock.lxid;
-                    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-                    let local_transaction = lock.vxid.localTransactionId;
                     let holder = Holder {
                         pid: lock.pid,
-                        local_transaction,
+                        transaction_id: prepared.get(&virtual_transaction(lock)).copied(),
                     };
                     locks.add(tag, exclusive, lock.pid == pg_sys::MyProcPid, holder);
                 }

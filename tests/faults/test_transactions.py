@@ -290,3 +290,18 @@ def test_a_repeatable_read_statement_may_push_to_one_aggregate_twice(db):
     ).fetchall()
     session.execute("COMMIT")
     assert rows == [(1,), (2,)]
+
+
+def test_writers_names_a_prepared_transaction_by_its_gid(db):
+    session = db.connect()
+    push(session)
+    session.execute("BEGIN")
+    push(session)
+    gid = f"{db.name}_writer"
+    session.execute(f"PREPARE TRANSACTION '{gid}'")
+    rows = session.execute(
+        """SELECT tenant, pid, gid, transaction_start < clock_timestamp(), least_position FROM lockstep.writers"""
+    ).fetchall()
+    assert rows == [("", None, gid, True, 2)]
+    session.execute(f"COMMIT PREPARED '{gid}'")
+    assert session.execute("SELECT count(*) FROM lockstep.writers").fetchone() == (0,)
