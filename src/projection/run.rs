@@ -187,14 +187,15 @@ impl Run<'_> {
             }
         }
         let (projection, tenant) = (self.request.projection, self.request.tenant);
-        let position = rights::as_extension_owner(|| {
-            if status == "ok"
-                && let Some(last) = next.checked_sub(1)
-                && let Some(position) = self.events.position(last)
-            {
+        let reached = next
+            .checked_sub(1)
+            .and_then(|row| self.events.position(row));
+        let position = rights::as_extension_owner(|| match reached {
+            Some(position) if status == "ok" => {
                 cursor::advance(projection, tenant, position);
+                Ok(position)
             }
-            Ok::<_, Error>(cursor::read(projection, tenant)?.cursor)
+            _ => Ok(cursor::read(projection, tenant)?.cursor),
         })?;
         Ok(Report {
             status,
