@@ -1,9 +1,11 @@
 //! What every function checks of its arguments before it locks anything.
 
+use pgrx::AnyNumeric;
 use pgrx::datum::Interval;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::position::Position;
 
 /// The longest name in bytes: three of them and a number fit into one entry of a B-tree index (2704 bytes).
 pub const MAX_NAME_BYTES: usize = 800;
@@ -47,6 +49,30 @@ pub fn within_limit(what: &str, value: &str) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+/// A tenant, or every one where it is NULL.
+pub fn any_tenant(value: Option<&str>) -> Result<Option<&str>, Error> {
+    value.map(|value| tenant(Some(value))).transpose()
+}
+
+pub fn position(argument: &'static str, value: Option<AnyNumeric>) -> Result<Position, Error> {
+    Position::from_argument(argument, &required(argument, value)?)
+}
+
+/// A position, or none where it is NULL.
+pub fn optional_position(
+    argument: &'static str,
+    value: Option<AnyNumeric>,
+) -> Result<Option<Position>, Error> {
+    value
+        .map(|value| Position::from_argument(argument, &value))
+        .transpose()
+}
+
+/// A count that must be at least 1, or none where it is NULL.
+pub fn optional_positive(argument: &'static str, value: Option<i32>) -> Result<Option<i32>, Error> {
+    value.map(|value| positive(argument, value)).transpose()
 }
 
 /// A count that must be at least 1.

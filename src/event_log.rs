@@ -165,7 +165,7 @@ fn read_events(
     tenant: default!(Option<&str>, "''"),
 ) -> Events {
     let run = || {
-        let after = Position::from_argument("after", &argument::required("after", after)?)?;
+        let after = argument::position("after", after)?;
         let max_events =
             argument::positive("max_events", argument::required("max_events", max_events)?)?;
         let filter = Filter {
@@ -203,9 +203,7 @@ fn aggregate_events(
             "after_sequence",
             argument::required("after_sequence", after_sequence)?,
         )?;
-        let max_events = max_events
-            .map(|max_events| argument::positive("max_events", max_events))
-            .transpose()?;
+        let max_events = argument::optional_positive("max_events", max_events)?;
         let tenant = argument::tenant(tenant)?;
         Ok::<_, Error>(read::aggregate(
             tenant,

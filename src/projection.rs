@@ -72,9 +72,7 @@ fn projection_create(
                 "retry_after",
                 argument::required("retry_after", retry_after)?,
             )?,
-            start_after: start_after
-                .map(|start| Position::from_argument("start_after", &start))
-                .transpose()?,
+            start_after: argument::optional_position("start_after", start_after)?,
         };
         let if_not_exists = argument::required("if_not_exists", if_not_exists)?;
         definition::create(&new, if_not_exists)
@@ -105,12 +103,8 @@ fn projection_alter(
                 None => None,
                 given => Some(definition::handler_name(given)?),
             },
-            batch_size: batch_size
-                .map(|value| argument::positive("batch_size", value))
-                .transpose()?,
-            max_failures: max_failures
-                .map(|value| argument::positive("max_failures", value))
-                .transpose()?,
+            batch_size: argument::optional_positive("batch_size", batch_size)?,
+            max_failures: argument::optional_positive("max_failures", max_failures)?,
             retry_after: retry_after
                 .map(|value| argument::not_negative("retry_after", value))
                 .transpose()?,
@@ -158,12 +152,8 @@ fn projection_claim(
     let run = || {
         let request = claim::Request {
             projection: argument::name("name", name)?,
-            max_events: max_events
-                .map(|value| argument::positive("max_events", value))
-                .transpose()?,
-            max_position: max_position
-                .map(|value| Position::from_argument("max_position", &value))
-                .transpose()?,
+            max_events: argument::optional_positive("max_events", max_events)?,
+            max_position: argument::optional_position("max_position", max_position)?,
             barrier: argument::required("barrier", barrier)?,
             wait: argument::required("wait", wait)?,
             tenant: argument::tenant(tenant)?,
@@ -200,9 +190,7 @@ fn projection_advance(
 ) -> Position {
     let run = || {
         let name = argument::name("name", name)?;
-        let up_to = up_to
-            .map(|position| Position::from_argument("up_to", &position))
-            .transpose()?;
+        let up_to = argument::optional_position("up_to", up_to)?;
         claim::advance(name, argument::tenant(tenant)?, up_to)
     };
     run().or_raise()
@@ -223,10 +211,7 @@ fn projection_fail(
 ) -> &'static str {
     let run = || {
         let name = argument::name("name", name)?;
-        let position = Position::from_argument(
-            "event_position",
-            &argument::required("event_position", event_position)?,
-        )?;
+        let position = argument::position("event_position", event_position)?;
         let failure = Failure {
             sqlstate: None,
             message: argument::required("error", error)?.to_owned(),
@@ -265,9 +250,7 @@ fn projection_run(
     let run = || {
         let request = claim::Request {
             projection: argument::name("name", name)?,
-            max_events: max_events
-                .map(|value| argument::positive("max_events", value))
-                .transpose()?,
+            max_events: argument::optional_positive("max_events", max_events)?,
             max_position: None,
             barrier: argument::required("barrier", barrier)?,
             wait: false,
@@ -301,7 +284,7 @@ fn projection_wait(
 ) -> bool {
     let run = || {
         let name = argument::name("name", name)?;
-        let up_to = Position::from_argument("up_to", &argument::required("up_to", up_to)?)?;
+        let up_to = argument::position("up_to", up_to)?;
         let timeout = argument::duration("timeout", argument::required("timeout", timeout)?)?;
         let tenant = argument::tenant(tenant)?;
         snapshot::require_primary("projection_wait")?;
@@ -323,7 +306,7 @@ fn projection_reset(
 ) {
     let run = || {
         let name = argument::name("name", name)?;
-        let up_to = Position::from_argument("up_to", &argument::required("up_to", up_to)?)?;
+        let up_to = argument::position("up_to", up_to)?;
         definition::reset(name, argument::tenant(tenant)?, up_to)
     };
     run().or_raise()
@@ -335,9 +318,7 @@ fn projection_reset(
 fn projection_pause(name: Option<&str>, tenant: default!(Option<&str>, "NULL")) {
     let run = || {
         let name = argument::name("name", name)?;
-        let tenant = tenant
-            .map(|tenant| argument::tenant(Some(tenant)))
-            .transpose()?;
+        let tenant = argument::any_tenant(tenant)?;
         definition::set_paused("projection_pause", name, tenant, true)
     };
     run().or_raise()
@@ -349,9 +330,7 @@ fn projection_pause(name: Option<&str>, tenant: default!(Option<&str>, "NULL")) 
 fn projection_resume(name: Option<&str>, tenant: default!(Option<&str>, "NULL")) {
     let run = || {
         let name = argument::name("name", name)?;
-        let tenant = tenant
-            .map(|tenant| argument::tenant(Some(tenant)))
-            .transpose()?;
+        let tenant = argument::any_tenant(tenant)?;
         definition::set_paused("projection_resume", name, tenant, false)
     };
     run().or_raise()
@@ -369,10 +348,7 @@ fn failed_event_retry(
 ) -> bool {
     let run = || {
         let name = argument::name("name", name)?;
-        let position = Position::from_argument(
-            "event_position",
-            &argument::required("event_position", event_position)?,
-        )?;
+        let position = argument::position("event_position", event_position)?;
         failure::retry(name, argument::tenant(tenant)?, position)
     };
     run().or_raise()
@@ -389,10 +365,7 @@ fn failed_event_discard(
 ) {
     let run = || {
         let name = argument::name("name", name)?;
-        let position = Position::from_argument(
-            "event_position",
-            &argument::required("event_position", event_position)?,
-        )?;
+        let position = argument::position("event_position", event_position)?;
         failure::discard(name, argument::tenant(tenant)?, position)
     };
     run().or_raise()
