@@ -361,6 +361,112 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_cancel_in_a_handler_goes_on_and_leaves_nothing() {
+        log(2);
+        handlers();
+        run(
+            "CREATE FUNCTION public.cancels(e lockstep.events) RETURNS void LANGUAGE plpgsql AS $$
+             BEGIN
+                 PERFORM public.apply(e);
+                 RAISE query_canceled;
+             END $$",
+        );
+        run("SELECT lockstep.projection_create('p', handler => 'public.cancels(lockstep.events)')");
+        run("DO $$ BEGIN
+                 INSERT INTO public.bad VALUES ('from the block');
+                 PERFORM lockstep.projection_run('p');
+             EXCEPTION WHEN query_canceled THEN
+                 INSERT INTO public.bad VALUES ('caught');
+             END $$");
+        assert_eq!(list("SELECT id FROM public.bad"), "caught");
+        assert_eq!(applied(), "");
+        assert_eq!(one::<i64>("SELECT count(*) FROM lockstep.failed_events"), 0);
+    }
+
+    #[pg_test]
+    fn a_failed_assertion_in_a_handler_counts() {
+        log(1);
+        run(
+            "CREATE FUNCTION public.asserts(e lockstep.events) RETURNS void LANGUAGE plpgsql AS 'BEGIN ASSERT false; END'",
+        );
+        run(
+            "SELECT lockstep.projection_create('p', handler => 'public.asserts(lockstep.events)', max_failures => 1)",
+        );
+        assert_eq!(run_once(), "ok 0 1 f");
+        assert_eq!(list("SELECT sqlstate FROM lockstep.failed_events"), "P0004");
+    }
+
+    #[pg_test]
+    fn a_handler_cannot_move_its_own_cursor() {
+        log(2);
+        run("CREATE TABLE public.told (sqlstate text)");
+        run("CREATE FUNCTION public.tries(e lockstep.events) RETURNS void LANGUAGE plpgsql AS $$
+             DECLARE
+                 call text;
+             BEGIN
+                 FOREACH call IN ARRAY ARRAY['advance(''p'')', 'fail(''p'', 1000001, ''x'')', 'reset(''p'')'] LOOP
+                     BEGIN
+                         EXECUTE 'SELECT lockstep.projection_' || call;
+                     EXCEPTION WHEN OTHERS THEN
+                         INSERT INTO public.told VALUES (SQLSTATE);
+                     END;
+                 END LOOP;
+             END $$");
+        run("SELECT lockstep.projection_create('p', handler => 'public.tries(lockstep.events)')");
+        assert_eq!(run_once(), "ok 2 0 f");
+        assert_eq!(list("SELECT DISTINCT sqlstate FROM public.told"), "LS002");
+        assert_eq!(one::<i64>("SELECT count(*) FROM public.told"), 6);
+    }
+
+    #[pg_test]
+    fn a_refused_or_busy_claim_leaves_nothing_locked() {
+        log(1);
+        run("SELECT lockstep.projection_create('p')");
+        run("SELECT lockstep.projection_pause('p')");
+        let locks = || {
+            one::<i64>(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+            )
+        };
+        run("SELECT lockstep.projection_claim('p')");
+        assert_eq!(locks(), 0);
+        run("SELECT lockstep.projection_resume('p')");
+        run("SELECT lockstep.projection_create('empty', aggregate_types => '{none}')");
+        run("SET LOCAL lockstep.max_parallel_claims = 1");
+        run("SELECT lockstep.projection_claim('empty')");
+        assert_eq!(locks(), 2);
+        run("SELECT lockstep.projection_claim('p')");
+        assert_eq!(locks(), 5);
+    }
+
+    #[pg_test]
+    fn a_variadic_handler_is_refused() {
+        run(
+            "CREATE FUNCTION public.any(VARIADIC e lockstep.events[]) RETURNS void LANGUAGE sql AS ''",
+        );
+        assert_eq!(
+            sqlstate(
+                "SELECT lockstep.projection_create('p', handler => 'public.any(lockstep.events[])')"
+            ),
+            "22023"
+        );
+    }
+
+    #[pg_test]
+    fn the_longest_retry_after_can_be_doubled() {
+        log(1);
+        handlers();
+        run("INSERT INTO public.bad VALUES ('1')");
+        run(
+            "SELECT lockstep.projection_create('p', handler => 'public.apply(lockstep.events)', retry_after => '178000000 years')",
+        );
+        for _ in 0..2 {
+            assert_eq!(run_once(), "failed 0 0 t");
+            run("UPDATE lockstep.projection_cursors SET retry_at = now() - interval '1 s'");
+        }
+    }
+
+    #[pg_test]
     fn a_handler_runs_with_its_callers_rights_and_search_path() {
         log(1);
         run("CREATE TABLE public.who (who text, path text)");
@@ -531,7 +637,7 @@ mod tests {
         run("SELECT lockstep.projection_create('q', start_after => 1000001)");
         assert_eq!(
             status("projection, behind, behind_capped"),
-            "p 10000 t,q 10000 t"
+            "p 10000 t,q 10000 f"
         );
         run("SELECT lockstep.projection_reset('q', 1000002)");
         assert_eq!(

@@ -38,8 +38,8 @@ WITH tenants AS MATERIALIZED (
     SELECT p.projection, p.tenant, b.*
     FROM pairs AS p
     CROSS JOIN LATERAL (
-        SELECT pg_catalog.count(*) FILTER (WHERE e.matches) AS events,
-               pg_catalog.count(*) = 10000 AS capped,
+        SELECT LEAST(pg_catalog.count(*) FILTER (WHERE e.matches), 10000) AS events,
+               pg_catalog.count(*) > 10000 AS capped,
                pg_catalog.min(e.created_at) FILTER (WHERE e.matches) AS oldest
         FROM (SELECT e.created_at,
                      (p.aggregate_types IS NULL OR e.aggregate_type = ANY (p.aggregate_types))
@@ -47,7 +47,7 @@ WITH tenants AS MATERIALIZED (
               FROM lockstep.events AS e
               WHERE e.tenant = p.tenant AND e.position > p.position
               ORDER BY e.position
-              LIMIT 10000) AS e
+              LIMIT 10001) AS e
     ) AS b
     WHERE p.position < p.head
 )

@@ -161,6 +161,14 @@ impl Tag {
         self.lock(mode, true)
     }
 
+    /// Gives back what one `acquire` or `try_acquire` of this subtransaction took.
+    pub fn release(self, mode: Mode) {
+        let tag = self.as_pg();
+        let _owner = LockOwner::subtransaction();
+        // SAFETY: a filled tag of a lock that this subtransaction has taken.
+        unsafe { pg_sys::LockRelease(&tag, mode.as_pg(), false) };
+    }
+
     fn lock(self, mode: Mode, dont_wait: bool) -> bool {
         let tag = self.as_pg();
         let _owner = LockOwner::subtransaction();

@@ -217,7 +217,9 @@ fn projection_fail(
             message: argument::required("error", error)?.to_owned(),
             context: None,
         };
-        failure::fail(name, argument::tenant(tenant)?, position, &failure).map(Verdict::as_str)
+        let tenant = argument::tenant(tenant)?;
+        held::refuse_in_handler(name, tenant)?;
+        failure::fail(name, tenant, position, &failure).map(Verdict::as_str)
     };
     run().or_raise()
 }

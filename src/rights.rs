@@ -169,6 +169,7 @@ impl Procedure {
             !pg_sys::get_func_name(self.0).is_null()
                 && pg_sys::get_func_prokind(self.0) as u8 == pg_sys::PROKIND_FUNCTION
                 && !pg_sys::get_func_retset(self.0)
+                && pg_sys::get_func_variadictype(self.0) == pg_sys::InvalidOid
         }
     }
 
@@ -199,19 +200,14 @@ impl Procedure {
         }
     }
 
-    /// The types of its input arguments, as `format_type` prints them under any search_path.
-    pub fn argument_types(self) -> Vec<String> {
+    /// The type of its one argument; None if it has another number of them.
+    pub fn argument_type(self) -> Option<pg_sys::Oid> {
         let mut types: *mut pg_sys::Oid = std::ptr::null_mut();
         let mut count = 0;
         // SAFETY: get_func_signature raises for an unknown function and fills a palloc'd array of `count` oids.
         unsafe {
             pg_sys::get_func_signature(self.0, &mut types, &mut count);
-            (0..count as usize)
-                .map(|index| {
-                    let name = pg_sys::format_type_be_qualified(*types.add(index));
-                    CStr::from_ptr(name).to_string_lossy().into_owned()
-                })
-                .collect()
+            (count == 1).then(|| *types)
         }
     }
 }

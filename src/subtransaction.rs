@@ -13,53 +13,84 @@ pub struct Failure {
     pub context: Option<String>,
 }
 
-/// Runs `body` in a subtransaction. Its error rolls the subtransaction back and is returned; cancel, statement_timeout and
-/// what ends the session are not caught.
+/// Runs `body` in a subtransaction. Its error rolls the subtransaction back and is returned. A cancel, which is also how
+/// statement_timeout ends, and a Rust panic roll it back too, and go on.
 pub fn run<T>(body: impl FnOnce() -> T) -> Result<T, Failure> {
-    // SAFETY: as PL/pgSQL's exception blocks do it: the memory context and the resource owner of before are put back after
-    // the subtransaction's end, and the error is copied out of the error stack before that is flushed.
-    unsafe {
-        let context = pg_sys::CurrentMemoryContext;
-        let owner = pg_sys::CurrentResourceOwner;
-        pg_sys::BeginInternalSubTransaction(std::ptr::null());
-        pg_sys::MemoryContextSwitchTo(context);
-        match catch_unwind(AssertUnwindSafe(body)) {
-            Ok(value) => {
-                pg_sys::ReleaseCurrentSubTransaction();
-                pg_sys::MemoryContextSwitchTo(context);
-                pg_sys::CurrentResourceOwner = owner;
-                Ok(value)
-            }
-            Err(panic) => {
-                if !matches!(panic.downcast_ref(), Some(CaughtError::PostgresError(_))) {
-                    resume_unwind(panic);
-                }
-                pg_sys::MemoryContextSwitchTo(context);
-                let error = pg_sys::CopyErrorData();
-                if is_final((*error).sqlerrcode) {
-                    pg_sys::FreeErrorData(error);
-                    resume_unwind(panic);
-                }
-                let failure = Failure {
-                    sqlstate: Some(unpack((*error).sqlerrcode)),
-                    message: text((*error).message).unwrap_or_default(),
-                    context: text((*error).context),
-                };
-                pg_sys::FreeErrorData(error);
-                pg_sys::FlushErrorState();
-                pg_sys::RollbackAndReleaseCurrentSubTransaction();
-                pg_sys::MemoryContextSwitchTo(context);
-                pg_sys::CurrentResourceOwner = owner;
-                Err(failure)
-            }
+    let outer = Outer::begin();
+    let panic = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(value) => {
+            outer.release();
+            return Ok(value);
         }
+        Err(panic) => panic,
+    };
+    if !matches!(panic.downcast_ref(), Some(CaughtError::PostgresError(_))) {
+        outer.roll_back();
+        resume_unwind(panic);
+    }
+    // SAFETY: the error is on PostgreSQL's error stack. It is copied into the outer memory context before the stack is
+    // flushed and the subtransaction rolled back, as PL/pgSQL's exception blocks do it.
+    unsafe {
+        pg_sys::MemoryContextSwitchTo(outer.context);
+        let error = pg_sys::CopyErrorData();
+        pg_sys::FlushErrorState();
+        outer.roll_back();
+        let failure = Failure {
+            sqlstate: Some(unpack((*error).sqlerrcode)),
+            message: text((*error).message).unwrap_or_default(),
+            context: text((*error).context),
+        };
+        if failure.sqlstate.as_deref() == Some(QUERY_CANCELED) {
+            pg_sys::ReThrowError(error);
+        }
+        pg_sys::FreeErrorData(error);
+        Err(failure)
     }
 }
 
-/// What PL/pgSQL's OTHERS does not catch either: query_canceled and assert_failure; and class 57P, which ends the session.
-fn is_final(code: i32) -> bool {
-    let sqlstate = unpack(code);
-    sqlstate == "57014" || sqlstate == "P0004" || sqlstate.starts_with("57P")
+/// Not the event's fault, and not to be held up.
+const QUERY_CANCELED: &str = "57014";
+
+/// What was current outside the subtransaction, and is again after it.
+#[derive(Clone, Copy)]
+struct Outer {
+    context: pg_sys::MemoryContext,
+    owner: pg_sys::ResourceOwner,
+}
+
+impl Outer {
+    fn begin() -> Self {
+        // SAFETY: BeginInternalSubTransaction switches both, and each end of it is followed by `restore`.
+        unsafe {
+            let outer = Outer {
+                context: pg_sys::CurrentMemoryContext,
+                owner: pg_sys::CurrentResourceOwner,
+            };
+            pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            pg_sys::MemoryContextSwitchTo(outer.context);
+            outer
+        }
+    }
+
+    fn release(self) {
+        // SAFETY: the subtransaction that `begin` began is the current one.
+        unsafe { pg_sys::ReleaseCurrentSubTransaction() };
+        self.restore();
+    }
+
+    fn roll_back(self) {
+        // SAFETY: what `body` began inside was ended by its error's way here; the current subtransaction is `begin`'s.
+        unsafe { pg_sys::RollbackAndReleaseCurrentSubTransaction() };
+        self.restore();
+    }
+
+    fn restore(self) {
+        // SAFETY: both outlive the subtransaction.
+        unsafe {
+            pg_sys::MemoryContextSwitchTo(self.context);
+            pg_sys::CurrentResourceOwner = self.owner;
+        }
+    }
 }
 
 fn unpack(code: i32) -> String {

@@ -46,18 +46,16 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
         return Ok(request.refused(Outcome::Busy));
     }
     let projection = cursor::read(request.projection, request.tenant)?;
-    if projection.paused {
-        return Ok(request.refused(Outcome::Paused));
-    }
-    if projection.backs_off {
-        return Ok(request.refused(Outcome::Backoff));
+    let refusal = match projection {
+        _ if projection.paused => Some(Outcome::Paused),
+        _ if projection.backs_off => Some(Outcome::Backoff),
+        _ => None,
+    };
+    if let Some(outcome) = refusal {
+        unlock(request);
+        return Ok(request.refused(outcome));
     }
     let settled = settle::settle(request.tenant, request.barrier);
-    // After the barrier: a claim that waits for a slow writer takes no other claim's place meanwhile.
-    let places = guc::MAX_PARALLEL_CLAIMS.get() as u32;
-    if places > 0 && !lock::acquire_slot(places, request.wait) {
-        return Ok(request.refused(Outcome::Busy));
-    }
     let range = Range {
         after: projection.cursor,
         up_to: request
@@ -76,8 +74,28 @@ fn lock(request: &Request) -> bool {
         one.acquire(Mode::Exclusive);
         return true;
     }
-    // Neither waits, so the order does not matter, and a busy claim leaves nothing locked.
-    one.try_acquire(Mode::Exclusive) && all.try_acquire(Mode::Shared)
+    // Neither waits, so the order does not matter.
+    if !one.try_acquire(Mode::Exclusive) {
+        return false;
+    }
+    if !all.try_acquire(Mode::Shared) {
+        one.release(Mode::Exclusive);
+        return false;
+    }
+    true
+}
+
+/// A claim that is refused leaves nothing locked.
+fn unlock(request: &Request) {
+    Tag::projection(request.projection, request.tenant).release(Mode::Exclusive);
+    Tag::projection_all(request.projection).release(Mode::Shared);
+}
+
+/// A claim with events takes one of the places that all claims share. It does so after its barrier: while it waits for a slow
+/// writer it takes no other claim's place.
+fn take_place(request: &Request) -> bool {
+    let places = guc::MAX_PARALLEL_CLAIMS.get() as u32;
+    places == 0 || lock::acquire_slot(places, request.wait)
 }
 
 /// Reads one event more than it hands out, to know whether there is more.
@@ -100,6 +118,10 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
     let beyond_limit =
         limit.is_some_and(|limit| last_position(request.tenant, range.up_to) > limit);
     match events.last_position() {
+        Some(_) if !take_place(request) => {
+            unlock(request);
+            return request.refused(Outcome::Busy);
+        }
         Some(last) => {
             let after = range.after;
             request.remember(Outcome::Claimed { after, last }, more || beyond_limit);
@@ -132,6 +154,7 @@ pub fn state(projection: &str, tenant: &str) -> Result<(&'static str, bool), Err
 
 pub fn advance(projection: &str, tenant: &str, up_to: Option<Position>) -> Result<Position, Error> {
     snapshot::require_read_write("projection_advance")?;
+    held::refuse_in_handler(projection, tenant)?;
     let batch = held::batch(projection, tenant)?;
     let position = match up_to {
         None if batch.last == batch.after => return Ok(batch.last),

@@ -64,6 +64,7 @@ pub fn advance(projection: &str, tenant: &str, position: Position) -> bool {
          SET position = EXCLUDED.position, advanced_at = EXCLUDED.advanced_at, retry_at = NULL,
              failing = false
          WHERE c.position <= EXCLUDED.position
+         -- As the statement's snapshot shows it: before the update.
          RETURNING (SELECT o.failing FROM lockstep.projection_cursors AS o
                     WHERE o.projection = $1 AND o.tenant = $2)",
     );
@@ -102,7 +103,7 @@ pub fn back_off(
         "INSERT INTO lockstep.projection_cursors AS c (projection, tenant, position, advanced_at, failing, retry_at)
          VALUES ($1, $2, $3, NULL, true,
                  pg_catalog.clock_timestamp()
-                 + LEAST($4 * pg_catalog.power(2, LEAST($5 - 1, 30)), interval '5 minutes'))
+                 + LEAST(LEAST($4, interval '5 minutes') * pg_catalog.power(2, LEAST($5 - 1, 30)), interval '5 minutes'))
          ON CONFLICT (projection, tenant) DO UPDATE
          SET advanced_at = CASE WHEN c.position < EXCLUDED.position THEN pg_catalog.clock_timestamp() ELSE c.advanced_at END,
              position = EXCLUDED.position, failing = true, retry_at = EXCLUDED.retry_at

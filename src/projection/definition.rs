@@ -16,7 +16,7 @@ use crate::lock::{Mode, Tag};
 use crate::position::Position;
 use crate::rights::{self, Procedure, Role};
 use crate::snapshot::{self, At};
-use crate::spi::{Arg, Plan, Spi};
+use crate::spi::{Arg, EventTypes, Plan, Spi};
 
 pub struct NewProjection<'a> {
     pub name: &'a str,
@@ -65,16 +65,18 @@ pub fn handler_name(handler: Option<Procedure>) -> Result<Option<String>, Error>
         });
     }
     let name = handler.qualified_name();
-    match handler.argument_types().as_slice() {
-        [one] if one == "lockstep.events" || one == "lockstep.events[]" => Ok(Some(name)),
-        types => Err(Error::InvalidParameter {
-            message: format!("handler {name} does not take an event"),
-            detail: Some(format!("It takes ({}).", types.join(", "))),
-            hint: Some(
-                "A handler takes one argument, of type lockstep.events or lockstep.events[].",
-            ),
-        }),
+    let types = EventTypes::look_up();
+    if handler
+        .argument_type()
+        .is_some_and(|argument| argument == types.row || argument == types.array)
+    {
+        return Ok(Some(name));
     }
+    Err(Error::InvalidParameter {
+        message: format!("handler {name} does not take an event"),
+        detail: None,
+        hint: Some("A handler takes one argument, of type lockstep.events or lockstep.events[]."),
+    })
 }
 
 pub fn create(new: &NewProjection, if_not_exists: bool) -> Result<bool, Error> {
@@ -203,6 +205,7 @@ pub fn reset(name: &str, tenant: &str, up_to: Position) -> Result<(), Error> {
     snapshot::require_read_committed("projection_reset")?;
     require_owner(name)?;
     settle::refuse_after_push("projection_reset()")?;
+    held::refuse_in_handler(name, tenant)?;
     Tag::projection_all(name).acquire(Mode::Shared);
     Tag::projection(name, tenant).acquire(Mode::Exclusive);
     require_owner(name)?;

@@ -73,7 +73,9 @@ pub fn claims() -> Result<Vec<Held>, Error> {
          CROSS JOIN (SELECT t.tenant FROM lockstep.tenants AS t
                      UNION SELECT c.tenant FROM lockstep.projection_cursors AS c) AS t",
     );
-    snapshot::require_primary("projection_locks")?;
+    if snapshot::in_recovery() {
+        return Ok(Vec::new());
+    }
     let claims = Locks::now().claims();
     if claims.is_empty() {
         return Ok(Vec::new());

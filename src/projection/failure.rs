@@ -9,6 +9,7 @@ use super::cursor;
 use super::held::{self, Outcome};
 use super::run::Handler;
 use crate::error::Error;
+use crate::event_log::settle;
 use crate::event_log::{event_at, position_before};
 use crate::lock::{Mode, Tag};
 use crate::position::Position;
@@ -133,7 +134,8 @@ fn skip(projection: &str, tenant: &str, position: Position) {
 pub fn retry(projection: &str, tenant: &str, position: Position) -> Result<bool, Error> {
     snapshot::require_read_write("failed_event_retry")?;
     snapshot::require_read_committed("failed_event_retry")?;
-    crate::event_log::settle::refuse_after_push("failed_event_retry")?;
+    settle::refuse_after_push("failed_event_retry()")?;
+    held::refuse_in_handler(projection, tenant)?;
     Tag::projection_all(projection).acquire(Mode::Shared);
     Tag::projection(projection, tenant).acquire(Mode::Exclusive);
     let (definition, event) = rights::as_extension_owner(|| {
@@ -143,8 +145,11 @@ pub fn retry(projection: &str, tenant: &str, position: Position) -> Result<bool,
             event_at(tenant, position),
         ))
     })?;
+    if event.count() == 0 {
+        return Err(not_failed(projection, position));
+    }
     let handler = Handler::of(projection, &definition)?;
-    match handler.apply(&event, 0..1) {
+    match held::while_running(projection, tenant, || handler.apply(&event, 0..1)) {
         Ok(()) => {
             rights::as_extension_owner(|| delete(projection, tenant, position));
             Ok(true)
@@ -181,15 +186,20 @@ fn require_skipped(projection: &str, tenant: &str, position: Position) -> Result
             projection: projection.to_owned(),
             position: position.to_string(),
         }),
-        None => Err(Error::invalid(format!(
-            "event_position {position} is not that of a failed event of projection \"{projection}\""
-        ))),
+        None => Err(not_failed(projection, position)),
     }
+}
+
+fn not_failed(projection: &str, position: Position) -> Error {
+    Error::invalid(format!(
+        "event_position {position} is not that of a failed event of projection \"{projection}\""
+    ))
 }
 
 fn delete(projection: &str, tenant: &str, position: Position) {
     static DELETE: Plan = Plan::new(
-        "DELETE FROM lockstep.failed_events WHERE projection = $1 AND tenant = $2 AND position = $3",
+        "DELETE FROM lockstep.failed_events
+         WHERE projection = $1 AND tenant = $2 AND position = $3 AND skipped_at IS NOT NULL",
     );
     Spi::connect().write(
         &DELETE,

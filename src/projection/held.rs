@@ -83,6 +83,18 @@ pub fn is_running(projection: &str, tenant: &str) -> bool {
     RUNNING.with_borrow(|running| running.iter().any(|(p, t)| p == projection && t == tenant))
 }
 
+/// A handler does not move the cursor of the batch that it is part of.
+pub fn refuse_in_handler(projection: &str, tenant: &str) -> Result<(), Error> {
+    if is_running(projection, tenant) {
+        return Err(Error::ClaimNotHeld {
+            projection: projection.to_owned(),
+            tenant: tenant.to_owned(),
+            detail: "Its own handler is running.",
+        });
+    }
+    Ok(())
+}
+
 struct Entry {
     projection: String,
     tenant: String,

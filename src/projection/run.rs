@@ -88,7 +88,7 @@ impl Handler {
         Procedure::from_qualified_name(name)
             .filter(|function| function.is_plain_function())
             .map(|function| Handler {
-                takes_array: name.ends_with("lockstep.events[])"),
+                takes_array: function.argument_type() == Some(EventTypes::look_up().array),
                 function,
             })
             .ok_or_else(|| Error::invalid(format!("handler {name} does not exist")))
