@@ -492,20 +492,26 @@ mod tests {
     }
 
     #[pg_test]
-    fn a_handler_that_its_caller_may_not_call_fails() {
+    fn a_handler_that_its_caller_may_not_call_is_no_events_fault() {
         log(1);
         handlers();
         run("REVOKE EXECUTE ON FUNCTION public.apply(lockstep.events) FROM PUBLIC");
         run("CREATE ROLE ls_runner; GRANT USAGE ON SCHEMA lockstep TO ls_runner");
         run("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA lockstep TO ls_runner");
-        run("SELECT lockstep.projection_create('p', handler => 'public.apply(lockstep.events)')");
-        run("SET LOCAL ROLE ls_runner");
-        assert_eq!(
-            one::<String>("SELECT status FROM lockstep.projection_run('p')"),
-            "failed"
+        run(
+            "SELECT lockstep.projection_create('p', handler => 'public.apply(lockstep.events)', max_failures => 1)",
         );
+        run("SET LOCAL ROLE ls_runner");
+        let error = raised("SELECT lockstep.projection_run('p')");
         run("RESET ROLE");
-        assert_eq!(list("SELECT sqlstate FROM lockstep.failed_events"), "42501");
+        assert_eq!(
+            (error.sqlstate.as_str(), error.message.as_str()),
+            (
+                "42501",
+                "permission denied for handler public.apply(lockstep.events)"
+            )
+        );
+        assert_eq!(one::<i64>("SELECT count(*) FROM lockstep.failed_events"), 0);
     }
 
     #[pg_test]

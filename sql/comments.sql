@@ -72,7 +72,7 @@ COMMENT ON FUNCTION lockstep.projection_due(text[], int) IS
 COMMENT ON FUNCTION lockstep.projection_fail(text, numeric, text, text) IS
 'Counts a failure of an event of the claimed batch. retry: the cursor is just before it and claims wait; skip: it has failed max_failures times and the cursor is past it. Raises LS002, 22023.';
 COMMENT ON FUNCTION lockstep.projection_run(text, int, boolean, interval, text) IS
-'Claims, applies with the handler and advances, with the caller''s rights. Raises 42704, 25000, 55000.';
+'Claims, applies with the handler and advances, with the caller''s rights. Raises 42704, 42501, 25000, 55000.';
 COMMENT ON FUNCTION lockstep.projection_wait(text, numeric, interval, text) IS
 'Waits until the cursor is at or above a position: true; false at the timeout. Raises 42704, 25000.';
 COMMENT ON FUNCTION lockstep.projection_reset(text, numeric, text) IS
@@ -84,7 +84,7 @@ COMMENT ON FUNCTION lockstep.projection_resume(text, text) IS
 COMMENT ON FUNCTION lockstep.failed_event_retry(text, numeric, text) IS
 'Applies a skipped event again with the handler, with the caller''s rights; true if it succeeded. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
 COMMENT ON FUNCTION lockstep.failed_event_discard(text, numeric, text) IS
-'Forgets a skipped event. Raises 42704, 22023, 55000.';
+'Forgets a skipped event. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
 
 COMMENT ON FUNCTION lockstep.writer_locks() IS
 'The pushes in flight, from the lock table. See the view lockstep.writers.';

@@ -59,6 +59,8 @@ pub enum Error {
     },
     /// A projection without a handler is to apply an event in the server.
     NoHandler(String),
+    /// The caller may not call the handler.
+    HandlerDenied(String),
     /// The failed event is still being retried, so it is no dead letter yet.
     NotSkipped {
         projection: String,
@@ -112,7 +114,7 @@ impl Error {
             Error::Spi(_) => "XX000",
             Error::UndefinedProjection(_) => "42704",
             Error::DuplicateProjection(_) => "42710",
-            Error::NotOwner { .. } | Error::NotMember { .. } => "42501",
+            Error::NotOwner { .. } | Error::NotMember { .. } | Error::HandlerDenied(_) => "42501",
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
             Error::TicketBehindLog { .. }
             | Error::TicketNotAbove { .. }
@@ -161,6 +163,7 @@ impl Error {
             | Error::DuplicateProjection(_)
             | Error::NotMember { .. }
             | Error::NoHandler(_)
+            | Error::HandlerDenied(_)
             | Error::NotSkipped { .. }
             | Error::Spi(_) => return None,
         };
@@ -210,6 +213,7 @@ impl Error {
             | Error::UndefinedProjection(_)
             | Error::NotOwner { .. }
             | Error::NotMember { .. }
+            | Error::HandlerDenied(_)
             | Error::Spi(_) => None,
         }
     }
@@ -300,6 +304,7 @@ impl fmt::Display for Error {
             Error::NotOwner { projection, .. } => {
                 write!(f, "must be owner of projection \"{projection}\"")
             }
+            Error::HandlerDenied(name) => write!(f, "permission denied for handler {name}"),
             Error::NoHandler(name) => write!(f, "projection \"{name}\" has no handler"),
             Error::NotSkipped {
                 projection,

@@ -229,8 +229,9 @@ fn projection_fail(
 /// `status`: `ok`; `failed` (an event failed and will be retried, or the handler is gone); `busy`, `paused`, `backoff` as
 /// `projection_claim_state`. `processed` and `skipped` count events; `position` is the cursor; `more`: events were left.
 /// A handler of one event stops after the one that passes `max_duration`. An event's error is kept in
-/// `lockstep.failed_events`; cancel and statement_timeout are not caught. Raises 55000 without a handler, else as
-/// `projection_claim`.
+/// `lockstep.failed_events`; cancel and statement_timeout are not caught. Raises 55000 without a handler, 42501
+/// where the caller may not call it, else as `projection_claim`. What a handler defers to COMMIT (deferred constraints and
+/// triggers) fails the COMMIT, not the event.
 #[pg_extern(volatile, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
 fn projection_run(
@@ -356,8 +357,9 @@ fn failed_event_retry(
     run().or_raise()
 }
 
-/// Removes a skipped event from `lockstep.failed_events`. Raises 42704; 22023 if the event has not failed; 55000 if it has not
-/// been skipped.
+/// Removes a skipped event from `lockstep.failed_events`. Waits for a running claim, obeying lock_timeout. Raises 42704; 22023 if
+/// the event has not failed; 55000 if it has not been skipped; 25000 in REPEATABLE READ and SERIALIZABLE and in a transaction
+/// that has pushed.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
 fn failed_event_discard(

@@ -173,6 +173,18 @@ impl Procedure {
         }
     }
 
+    /// Whether the current user may call it.
+    pub fn is_executable(self) -> bool {
+        // SAFETY: has_function_privilege(oid, text) returns NULL for a function that is gone.
+        let executable: Option<bool> = unsafe {
+            pgrx::direct_function_call(
+                pg_sys::has_function_privilege_id,
+                &[self.0.into_datum(), "EXECUTE".into_datum()],
+            )
+        };
+        executable.unwrap_or(false)
+    }
+
     /// Schema-qualified name and argument types, as `regprocedure` reads them under any search_path.
     pub fn qualified_name(self) -> String {
         // SAFETY: returns a palloc'd string.

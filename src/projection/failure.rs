@@ -132,12 +132,7 @@ fn skip(projection: &str, tenant: &str, position: Position) {
 /// Applies one skipped event with the handler, with the caller's rights. True: it succeeded and its row is gone; false: it
 /// failed again, and its row says how.
 pub fn retry(projection: &str, tenant: &str, position: Position) -> Result<bool, Error> {
-    snapshot::require_read_write("failed_event_retry")?;
-    snapshot::require_read_committed("failed_event_retry")?;
-    settle::refuse_after_push("failed_event_retry()")?;
-    held::refuse_in_handler(projection, tenant)?;
-    Tag::projection_all(projection).acquire(Mode::Shared);
-    Tag::projection(projection, tenant).acquire(Mode::Exclusive);
+    lock("failed_event_retry", projection, tenant)?;
     let (definition, event) = rights::as_extension_owner(|| {
         require_skipped(projection, tenant, position)?;
         Ok::<_, Error>((
@@ -148,7 +143,9 @@ pub fn retry(projection: &str, tenant: &str, position: Position) -> Result<bool,
     if event.count() == 0 {
         return Err(not_failed(projection, position));
     }
-    let handler = Handler::of(projection, &definition)?;
+    let Some(handler) = Handler::of(projection, &definition)? else {
+        return Err(Error::NoHandler(projection.to_owned()));
+    };
     match held::while_running(projection, tenant, || handler.apply(&event, 0..1)) {
         Ok(()) => {
             rights::as_extension_owner(|| delete(projection, tenant, position));
@@ -161,9 +158,20 @@ pub fn retry(projection: &str, tenant: &str, position: Position) -> Result<bool,
     }
 }
 
+/// Takes the projection as a claim does, so that a failed event is not applied, retried and discarded at once.
+fn lock(function: &'static str, projection: &str, tenant: &str) -> Result<(), Error> {
+    snapshot::require_read_write(function)?;
+    snapshot::require_read_committed(function)?;
+    settle::refuse_after_push(function)?;
+    held::refuse_in_handler(projection, tenant)?;
+    Tag::projection_all(projection).acquire(Mode::Shared);
+    Tag::projection(projection, tenant).acquire(Mode::Exclusive);
+    Ok(())
+}
+
 /// Forgets a skipped event.
 pub fn discard(projection: &str, tenant: &str, position: Position) -> Result<(), Error> {
-    snapshot::require_read_write("failed_event_discard")?;
+    lock("failed_event_discard", projection, tenant)?;
     require_skipped(projection, tenant, position)?;
     delete(projection, tenant, position);
     Ok(())

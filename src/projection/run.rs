@@ -56,12 +56,7 @@ pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, 
         Some(claim) => return Ok(nothing(claim.outcome.status(), false)),
         None => return Ok(nothing("busy", false)),
     };
-    let Ok(handler) = Handler::of(projection, &definition) else {
-        pgrx::warning!(
-            "handler {} of projection \"{}\" does not exist",
-            definition.handler.unwrap_or_default(),
-            projection
-        );
+    let Some(handler) = Handler::of(projection, &definition)? else {
         return Ok(nothing("failed", true));
     };
     let run = Run {
@@ -82,16 +77,22 @@ pub struct Handler {
 }
 
 impl Handler {
-    pub fn of(projection: &str, definition: &Projection) -> Result<Self, Error> {
+    /// None if the function is gone. That the caller may not call it is no event's fault, so it is an error here.
+    pub fn of(projection: &str, definition: &Projection) -> Result<Option<Self>, Error> {
         let name = definition.handler.as_deref();
         let name = name.ok_or_else(|| Error::NoHandler(projection.to_owned()))?;
-        Procedure::from_qualified_name(name)
-            .filter(|function| function.is_plain_function())
-            .map(|function| Handler {
-                takes_array: function.argument_type() == Some(EventTypes::look_up().array),
-                function,
-            })
-            .ok_or_else(|| Error::invalid(format!("handler {name} does not exist")))
+        let function = Procedure::from_qualified_name(name);
+        let Some(function) = function.filter(|function| function.is_plain_function()) else {
+            pgrx::warning!("handler {name} of projection \"{projection}\" does not exist");
+            return Ok(None);
+        };
+        if !function.is_executable() {
+            return Err(Error::HandlerDenied(name.to_owned()));
+        }
+        Ok(Some(Handler {
+            takes_array: function.argument_type() == Some(EventTypes::look_up().array),
+            function,
+        }))
     }
 
     /// Applies the events in a subtransaction, all or none.
