@@ -46,14 +46,13 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
         return Ok(request.refused(Outcome::Busy));
     }
     let projection = cursor::read(request.projection, request.tenant)?;
-    let refusal = match projection {
-        _ if projection.paused => Some(Outcome::Paused),
-        _ if projection.backs_off => Some(Outcome::Backoff),
-        _ => None,
-    };
-    if let Some(outcome) = refusal {
+    if projection.paused || projection.backs_off {
         unlock(request);
-        return Ok(request.refused(outcome));
+        return Ok(request.refused(if projection.paused {
+            Outcome::Paused
+        } else {
+            Outcome::Backoff
+        }));
     }
     let settled = settle::settle(request.tenant, request.barrier);
     let range = Range {

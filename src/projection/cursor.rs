@@ -1,6 +1,6 @@
 //! The cursor of a projection in a tenant. Its row is written only under the PROJECTION lock, so never by two at a time.
 
-use pgrx::datum::{Interval, TimestampWithTimeZone};
+use pgrx::datum::Interval;
 
 use crate::error::Error;
 use crate::event_log::Filter;
@@ -15,7 +15,7 @@ pub struct Projection {
     pub handler: Option<String>,
     pub cursor: Position,
     pub paused: bool,
-    /// Until when it waits to retry an event, if that is not over yet.
+    /// An event failed, and the time to retry it has not come.
     pub backs_off: bool,
 }
 
@@ -91,14 +91,14 @@ pub fn advance(projection: &str, tenant: &str, position: Position) -> bool {
 }
 
 /// Puts the cursor just before a failed event and lets claims wait: `retry_after` doubled for each failure but the first, at
-/// most 5 minutes. Returns when the next claim may come.
+/// most 5 minutes.
 pub fn back_off(
     projection: &str,
     tenant: &str,
     position: Position,
     retry_after: Interval,
     failures: i32,
-) -> Option<TimestampWithTimeZone> {
+) {
     static UPSERT: Plan = Plan::new(
         "INSERT INTO lockstep.projection_cursors AS c (projection, tenant, position, advanced_at, failing, retry_at)
          VALUES ($1, $2, $3, NULL, true,
@@ -106,8 +106,7 @@ pub fn back_off(
                  + LEAST(LEAST($4, interval '5 minutes') * pg_catalog.power(2, LEAST($5 - 1, 30)), interval '5 minutes'))
          ON CONFLICT (projection, tenant) DO UPDATE
          SET advanced_at = CASE WHEN c.position < EXCLUDED.position THEN pg_catalog.clock_timestamp() ELSE c.advanced_at END,
-             position = EXCLUDED.position, failing = true, retry_at = EXCLUDED.retry_at
-         RETURNING c.retry_at",
+             position = EXCLUDED.position, failing = true, retry_at = EXCLUDED.retry_at",
     );
     let args = [
         Arg::from(projection),
@@ -116,7 +115,7 @@ pub fn back_off(
         Arg::from(retry_after),
         Arg::from(failures),
     ];
-    Spi::connect().write(&UPSERT, &args).get(0, 1)
+    Spi::connect().write(&UPSERT, &args);
 }
 
 /// Puts the cursor anywhere. What failed after it is forgotten: it will be applied again.
