@@ -94,3 +94,10 @@ COMMENT ON VIEW lockstep.writers IS
 'The pushes in flight: tenant (null if none of its events is visible yet), pid or, of a prepared transaction, gid, start of the transaction, and the least position that its events can have.';
 COMMENT ON VIEW lockstep.projection_status IS
 'Each projection in each tenant: how far it is, how far behind (events that pass its filter among at most 10,000 after the cursor), what it is doing and for whom it waits, failures of the event being retried, events skipped, the last error.';
+
+COMMENT ON FUNCTION lockstep.workers() IS
+'This database''s workers, from shared memory. See the view lockstep.worker_status.';
+COMMENT ON FUNCTION lockstep.workers_are_on() IS
+'Whether workers run in this database: the library is preloaded and lockstep.databases names it.';
+COMMENT ON VIEW lockstep.worker_status IS
+'This database''s workers: role, what each is doing and for how long, its batches, events, events per second over the last 10 seconds, errors, and restarts after it ended without being told to. Counts are since the server''s start.';

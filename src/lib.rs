@@ -6,19 +6,23 @@ use pgrx::prelude::*;
 pgrx::pg_module_magic!();
 
 mod argument;
+mod catalog;
 mod error;
 mod event_log;
 mod guc;
 mod jsonb;
 mod lock;
 mod position;
+mod process;
 mod projection;
 mod rights;
 mod sequence;
 mod snapshot;
 mod spi;
 mod subtransaction;
+mod transaction;
 mod wakeup;
+mod worker;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
 extension_sql_file!(
@@ -33,6 +37,8 @@ extension_sql_file!(
         "projection",
         event_log::writer_locks,
         projection::projection_locks,
+        worker::workers,
+        worker::workers_are_on,
     ]
 );
 extension_sql_file!(
@@ -71,6 +77,10 @@ extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     guc::register();
+    if process::is_preloading() {
+        wakeup::preload();
+        worker::preload();
+    }
 }
 
 #[cfg(any(test, feature = "pg_test"))]
