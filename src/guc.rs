@@ -103,28 +103,38 @@ pub fn register() {
     );
 }
 
+/// As SET LOCAL.
+pub fn set_local(name: &CStr, value: &CStr) {
+    set(name, value, pg_sys::GucAction::GUC_ACTION_LOCAL);
+}
+
+fn set(name: &CStr, value: &CStr, action: pg_sys::GucAction::Type) {
+    // SAFETY: inside a transaction; names and values are PostgreSQL's own.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            action,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
 /// Settings in force until dropped, as by a function's SET clause.
 pub struct Settings(i32);
 
 impl Settings {
     pub fn set(settings: &[(&CStr, &CStr)]) -> Self {
-        // SAFETY: a nest level of settings, which drop ends; names and values are PostgreSQL's own.
-        unsafe {
-            let level = pg_sys::NewGUCNestLevel();
-            for (name, value) in settings {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    value.as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
-            }
-            Settings(level)
+        // SAFETY: a nest level of settings, which drop ends.
+        let level = unsafe { pg_sys::NewGUCNestLevel() };
+        for (name, value) in settings {
+            set(name, value, pg_sys::GucAction::GUC_ACTION_SAVE);
         }
+        Settings(level)
     }
 }
 

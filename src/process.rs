@@ -2,7 +2,6 @@
 //! in `pg_stat_activity`. With `wakeup.rs` the only unsafe code about processes.
 
 use pgrx::pg_sys;
-use std::cell::RefCell;
 use std::ffi::{CStr, CString};
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ impl WaitEvent {
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     fn number(self) -> u32 {
         thread_local! {
-            static KNOWN: RefCell<Vec<(WaitEvent, u32)>> = const { RefCell::new(Vec::new()) };
+            static KNOWN: std::cell::RefCell<Vec<(WaitEvent, u32)>> = const { std::cell::RefCell::new(Vec::new()) };
         }
         let known =
             KNOWN.with_borrow(|known| known.iter().find(|(name, _)| *name == self).copied());
@@ -201,19 +200,27 @@ pub fn report_statistics(at_once: bool) {
     unsafe { pg_sys::pgstat_report_stat(at_once) };
 }
 
+/// Undoes what a handler may have left in the session: settings, a role, advisory locks. Outside a transaction.
+pub fn reset_session() {
+    // SAFETY: what DISCARD ALL does of this. "none" and the session's own user need no look-up.
+    unsafe {
+        pg_sys::SetConfigOption(
+            c"role".as_ptr(),
+            c"none".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+        );
+        pg_sys::ResetAllOptions();
+        pg_sys::LockReleaseAll(pg_sys::USER_LOCKMETHOD as pg_sys::LOCKMETHODID, true);
+    }
+}
+
 type AtExit = unsafe extern "C-unwind" fn(i32, pg_sys::Datum);
 
 /// Has `callback` called with `argument` when the process ends in any way but a crash.
 pub fn at_exit(callback: AtExit, argument: usize) {
     // SAFETY: the callback stays for the process's life.
     unsafe { pg_sys::before_shmem_exit(Some(callback), pg_sys::Datum::from(argument)) };
-}
-
-/// Ends the process, which is no crash.
-pub fn end() -> ! {
-    // SAFETY: runs the callbacks and does not return.
-    unsafe { pg_sys::proc_exit(0) };
-    unreachable!("proc_exit returned")
 }
 
 /// Whether pg_upgrade has started the server: nothing of ours must run then.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::table::{self, Done, Outcome, Task};
 use crate::catalog;
 use crate::error::Error;
+use crate::guc;
 use crate::process::{self, WaitEvent};
 use crate::projection::{self, Report, Status};
 use crate::rights;
@@ -29,18 +30,21 @@ pub extern "C-unwind" fn lockstep_worker(argument: pg_sys::Datum) {
     process::set(c"default_transaction_read_only", c"off");
     let number = table::worker_is_ready(index);
     process::set_application_name(&format!("lockstep worker {number}"));
-    pgrx::log!("lockstep worker {number} started");
+    let role = transaction::run(|| Ok::<_, ()>(rights::role_name(owner).unwrap_or_default()));
+    let role = role.ok().and_then(Result::ok).unwrap_or_default();
+    pgrx::log!("lockstep worker {number} started as role \"{role}\"");
     loop {
         process::follow_settings();
         match table::next_task(index) {
             Task::Run { projection, tenant } => {
                 let (outcome, done) = Batch::run(&projection, &tenant);
+                process::reset_session();
                 table::finish(index, outcome, &done);
                 process::report_statistics(false);
             }
             Task::Stop => {
-                pgrx::log!("lockstep worker {number} stopped");
-                process::end();
+                pgrx::log!("lockstep worker {number} of role \"{role}\" stopped");
+                return;
             }
             Task::Nothing => {
                 process::report_statistics(true);
@@ -102,8 +106,14 @@ impl<'a> Batch<'a> {
             if !catalog::has_extension() || rights::is_superuser(rights::caller()) {
                 return Ok(None);
             }
-            projection::run_for_worker(self.projection, self.tenant, LONGEST_BATCH, careful)
-                .map(Some)
+            let report =
+                projection::run_for_worker(self.projection, self.tenant, LONGEST_BATCH, careful)?;
+            if report.status == Status::Ok && report.processed + report.skipped == 0 {
+                // At the most the cursor has moved over events that are none of the projection's: if a crash takes that back,
+                // it is moved again.
+                guc::set_local(c"synchronous_commit", c"off");
+            }
+            Ok(Some(report))
         };
         Ok(match transaction::run(run)? {
             Ok(Some(report)) => self.outcome(report),

@@ -54,7 +54,6 @@ pub extern "C-unwind" fn lockstep_launcher(argument: pg_sys::Datum) {
         process::sleep(Some(launcher.time_left()), WaitEvent(c"LockstepLauncher"));
     }
     pgrx::log!("lockstep launcher of database \"{database}\" stopped");
-    process::end();
 }
 
 #[pg_guard]
@@ -358,6 +357,7 @@ impl Launcher {
             && let Some(pair) = self.queue.start(owner)
         {
             table::assign(index, &pair.projection, &pair.tenant);
+            worker.was_ready = true;
             worker.running = Some(pair);
         }
     }
