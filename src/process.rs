@@ -35,6 +35,24 @@ impl WaitEvent {
 /// Sleeps until the process's latch is set or the time is over (None: for ever), and then handles interrupts. A postmaster that
 /// dies ends the process.
 pub fn sleep(time: Option<Duration>, event: WaitEvent) {
+    wait(time, event);
+    pgrx::check_for_interrupts!();
+}
+
+/// As [`sleep`], in a background process that has nothing to do: there is nothing to cancel.
+pub fn idle(time: Option<Duration>, event: WaitEvent) {
+    wait(time, event);
+    ignore_cancel();
+    pgrx::check_for_interrupts!();
+}
+
+/// Forgets a cancel that came when there was nothing to cancel, as other backends do between statements.
+pub fn ignore_cancel() {
+    // SAFETY: a flag that the signal handler sets.
+    unsafe { (&raw mut pg_sys::QueryCancelPending).write_volatile(0) };
+}
+
+fn wait(time: Option<Duration>, event: WaitEvent) {
     let timeout = time.map(|_| pg_sys::WL_TIMEOUT).unwrap_or_default();
     let milliseconds = time.map_or(-1, |time| time.as_millis().max(1) as i64);
     // SAFETY: the process's own latch.
@@ -47,7 +65,6 @@ pub fn sleep(time: Option<Duration>, event: WaitEvent) {
         );
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
-    pgrx::check_for_interrupts!();
 }
 
 /// The process's place in PostgreSQL's table of them; another process can have it after this one has ended.

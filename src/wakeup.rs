@@ -27,10 +27,6 @@ use seat::Seat;
 
 /// What a session can wait for.
 pub enum Event<'a> {
-    /// Events were pushed to the tenant, or their transaction has ended in another way.
-    Pushed { tenant: &'a str },
-    /// A projection was created, changed, resumed, reset, or given to another role.
-    ProjectionChanged,
     /// The cursor of the projection in the tenant has moved.
     Advanced {
         projection: &'a str,
@@ -38,28 +34,11 @@ pub enum Event<'a> {
     },
 }
 
-/// Who is to be told.
-#[derive(PartialEq, Eq, Hash)]
-enum Address {
-    Launcher(Mail),
-    Seats(u64),
-}
-
 impl Event<'_> {
-    fn address(&self) -> Address {
-        match self {
-            Event::Pushed { tenant } => Address::Launcher(Mail::Tenant((*tenant).to_owned())),
-            Event::ProjectionChanged => Address::Launcher(Mail::ProjectionChanged),
-            Event::Advanced { .. } => Address::Seats(self.key()),
-        }
-    }
-
-    /// What the seats of this database are told apart by. Two events that collide wake each other's waiters for nothing.
+    /// What the seats are told apart by. Two events that collide wake each other's waiters for nothing.
     fn key(&self) -> u64 {
         let database = process::database().to_u32().to_le_bytes();
         match self {
-            Event::Pushed { tenant } => lock::hash(&[b"pushed", &database, tenant.as_bytes()]),
-            Event::ProjectionChanged => lock::hash(&[b"projection", &database]),
             Event::Advanced { projection, tenant } => lock::hash(&[
                 b"advanced",
                 &database,
@@ -68,6 +47,13 @@ impl Event<'_> {
             ]),
         }
     }
+}
+
+/// Who is to be told.
+#[derive(PartialEq, Eq, Hash)]
+enum Address {
+    Launcher(Mail),
+    Seats(u64),
 }
 
 thread_local! {
@@ -85,6 +71,21 @@ pub fn preload() {
 
 /// Wakes who waits for the event, when this transaction has ended and released its locks.
 pub fn announce(event: &Event) {
+    announce_to(|| Address::Seats(event.key()));
+}
+
+/// Has the workers look at the tenant, when this transaction, which pushes to it, has ended.
+pub fn announce_push(tenant: &str) {
+    announce_to(|| Address::Launcher(Mail::Tenant(tenant.to_owned())));
+}
+
+/// Has the workers look at everything, when this transaction has ended: a projection was created, changed, resumed, reset, or
+/// given to another role.
+pub fn announce_projection_change() {
+    announce_to(|| Address::Launcher(Mail::ProjectionChanged));
+}
+
+fn announce_to(address: impl FnOnce() -> Address) {
     if !mailbox::is_there() {
         return;
     }
@@ -94,7 +95,7 @@ pub fn announce(event: &Event) {
             pg_sys::RegisterResourceReleaseCallback(Some(after_release), std::ptr::null_mut());
         }
     }
-    let address = event.address();
+    let address = address();
     ANNOUNCED.with_borrow_mut(|announced| announced.insert(address));
 }
 
@@ -108,7 +109,7 @@ unsafe extern "C-unwind" fn after_release(
     if is_top_level && phase == pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
         for address in ANNOUNCED.take() {
             match address {
-                Address::Launcher(mail) => mailbox::post(mail),
+                Address::Launcher(mail) => mailbox::post(&mail),
                 Address::Seats(key) => seat::wake(key),
             }
         }

@@ -128,15 +128,15 @@ impl Contents {
 
 /// Puts it into this database's box, if somebody reads that, and wakes the reader unless there is mail already: then it has
 /// been woken.
-pub fn post(mail: Mail) {
+pub fn post(mail: &Mail) {
     let mut boxes = MAIL.exclusive();
-    let database = process::database();
-    let Some((index, reader)) = boxes.reader_of(database) else {
+    let Some((index, reader)) = boxes.reader_of(process::database()) else {
         return;
     };
     let contents = &mut boxes.contents[index];
     let was_empty = contents.is_empty();
-    contents.add(&mail);
+    contents.add(mail);
+    drop(boxes);
     if was_empty {
         process::wake(reader.process);
     }

@@ -48,9 +48,10 @@ pub extern "C-unwind" fn lockstep_worker(argument: pg_sys::Datum) {
             }
             Task::Nothing => {
                 process::report_statistics(true);
-                process::sleep(None, WaitEvent(c"LockstepWorker"));
+                process::idle(None, WaitEvent(c"LockstepWorker"));
             }
         }
+        process::ignore_cancel();
         pgrx::check_for_interrupts!();
     }
 }

@@ -51,7 +51,7 @@ pub extern "C-unwind" fn lockstep_launcher(argument: pg_sys::Datum) {
         launcher.collect_batches();
         launcher.collect_mail();
         launcher.dispatch();
-        process::sleep(Some(launcher.time_left()), WaitEvent(c"LockstepLauncher"));
+        process::idle(Some(launcher.time_left()), WaitEvent(c"LockstepLauncher"));
     }
     pgrx::log!("lockstep launcher of database \"{database}\" stopped");
 }

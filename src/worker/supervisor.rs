@@ -39,7 +39,7 @@ pub extern "C-unwind" fn lockstep_supervisor(_argument: pg_sys::Datum) {
     loop {
         process::follow_settings();
         let timeout = supervisor.look();
-        process::sleep(timeout, WaitEvent(c"LockstepSupervisor"));
+        process::idle(timeout, WaitEvent(c"LockstepSupervisor"));
     }
 }
 
