@@ -157,6 +157,18 @@ def test_projection_wait_is_woken_when_the_filter_lets_nothing_through(app):
         assert time.monotonic() - begun < SOON
 
 
+def test_projection_wait_is_woken_when_the_last_events_are_none_of_the_projections(app):
+    app.project("f", event_types=["wanted"])
+    session = app.db.connect()
+    for _ in range(5):
+        with app.admin.transaction():
+            app.push(event_type="wanted")
+            last = app.push(event_type="other")
+        begun = time.monotonic()
+        assert call(session, "projection_wait", name="f", up_to=last, timeout="20 s") == [(True,)]
+        assert time.monotonic() - begun < SOON
+
+
 def test_sessions_that_wait_for_different_things_are_all_woken(app):
     app.project("q")
     sessions = [app.db.connect() for _ in range(12)]

@@ -4,7 +4,7 @@ import pytest
 from psycopg import sql
 from server import wait_until
 from sessions import call, push
-from workers import Log, all_pids, pids, sleeps
+from workers import NOTE, Log, all_pids, pids, sleeps
 
 BLOCK = "PERFORM pg_advisory_xact_lock_shared(4711);"
 
@@ -183,7 +183,7 @@ def test_a_launcher_that_is_told_to_stop_lets_a_running_batch_end_and_no_other_b
 
 
 def test_the_number_of_workers_follows_the_setting(app, gate):
-    app.project(body=BLOCK + "INSERT INTO public.applied (projection, tenant, position) VALUES (TG, e.tenant, e.position);")
+    app.project(body=BLOCK + NOTE)
     app.turn_on(workers=2)
     for tenant in "abcdefgh":
         app.push(tenant)
@@ -209,7 +209,7 @@ def test_the_number_of_workers_follows_the_setting(app, gate):
 def test_where_no_process_can_be_had_the_log_says_so_once_and_work_goes_on_when_there_is_one(own_app):
     app = own_app(max_worker_processes=4)  # one is PostgreSQL's own: the logical replication launcher
     log = Log(app.cluster)
-    app.project(body=BLOCK + "INSERT INTO public.applied (projection, tenant, position) VALUES (TG, e.tenant, e.position);")
+    app.project(body=BLOCK + NOTE)
     gate = app.db.connect()
     gate.execute("SELECT pg_advisory_lock(4711)")
     app.turn_on(workers=3)
@@ -330,7 +330,7 @@ def test_the_log_tells_of_start_stop_crash_and_first_failure_and_of_no_repetitio
 
 
 def test_a_cancelled_batch_is_tried_again_and_no_event_is_blamed(app, gate):
-    app.project(body="INSERT INTO public.applied (projection, tenant, position) VALUES (TG, e.tenant, e.position);" + BLOCK)
+    app.project(body=NOTE + BLOCK)
     app.turn_on(workers=1)
     position = app.push()
     pid = app.wait_for_handler()
@@ -393,8 +393,8 @@ def test_what_a_handler_leaves_in_its_session_does_not_reach_the_next_batch(app)
     app.project(
         body="""IF current_setting('work_mem') <> '4MB' OR current_setting('search_path') = 'nowhere'
                    OR EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 4712)
-                THEN RAISE 'something was left'; END IF;
-                INSERT INTO public.applied (projection, tenant, position) VALUES (TG, e.tenant, e.position);"""
+                THEN RAISE 'something was left'; END IF;"""
+        + NOTE
     )
     app.wait_for([1])
     position = app.push("other")
