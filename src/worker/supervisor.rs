@@ -33,6 +33,7 @@ pub fn register() {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn lockstep_supervisor(_argument: pg_sys::Datum) {
     process::begin();
+    table::begin_supervisor();
     process::connect_to_none();
     process::set(c"application_name", c"lockstep supervisor");
     let mut supervisor = Supervisor::default();

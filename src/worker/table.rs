@@ -197,6 +197,7 @@ impl Worker {
 }
 
 struct Table {
+    supervisor: Option<Process>,
     launchers: [Option<Launcher>; DATABASES],
     workers: [Worker; MOST],
 }
@@ -210,6 +211,7 @@ static TABLE: PgLwLock<Table> = unsafe { PgLwLock::new(c"LockstepWorkers") };
 pub fn preload() {
     pg_shmem_init!(
         TABLE = Table {
+            supervisor: None,
             launchers: [None; DATABASES],
             workers: [Worker::FREE; MOST],
         }
@@ -217,6 +219,12 @@ pub fn preload() {
 }
 
 // What the supervisor does.
+
+/// Makes this process the one that learns of a launcher's end. The postmaster would tell only the supervisor that asked for that
+/// launcher, and this one may have come after it.
+pub fn begin_supervisor() {
+    TABLE.exclusive().supervisor = Some(Process::this());
+}
 
 /// Tells the launchers of other databases than these to stop, and returns which of these have none.
 pub fn without_launcher(wanted: &[String]) -> Vec<String> {
@@ -254,7 +262,11 @@ pub fn add_launcher(database: &str) -> Option<usize> {
 
 /// Called when the launcher has ended, or could not be started.
 pub fn remove_launcher(index: usize) {
-    TABLE.exclusive().launchers[index] = None;
+    let mut table = TABLE.exclusive();
+    table.launchers[index] = None;
+    if let Some(process) = table.supervisor {
+        process::wake(process.number);
+    }
 }
 
 // What a launcher does.
