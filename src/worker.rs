@@ -22,7 +22,7 @@
 
 mod batch;
 mod launcher;
-mod queue;
+pub mod queue;
 mod supervisor;
 mod table;
 
