@@ -3,10 +3,21 @@
 use pgrx::pg_sys;
 use std::ffi::CStr;
 
-/// Whether this database has the extension.
+/// Whether this database has the extension, and goes on having it until the transaction's end: DROP EXTENSION waits for this
+/// lock before it takes any other, so it and a process that took this first cannot wait for each other.
 pub fn has_extension() -> bool {
-    // SAFETY: a look-up in a catalog.
-    unsafe { pg_sys::get_extension_oid(c"lockstep".as_ptr(), true) != pg_sys::InvalidOid }
+    // SAFETY: look-ups in a catalog; the lock is released at the transaction's end.
+    unsafe {
+        let look_up = || pg_sys::get_extension_oid(c"lockstep".as_ptr(), true);
+        let extension = look_up();
+        if extension == pg_sys::InvalidOid {
+            return false;
+        }
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension, 0, lock);
+        // It may have been dropped, and created anew, while this waited.
+        look_up() == extension
+    }
 }
 
 /// The names of all databases. A scan without an index: a process that is connected to no database may have none to use.
