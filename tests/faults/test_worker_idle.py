@@ -4,7 +4,7 @@ import time
 
 import pytest
 from server import wait_until
-from sessions import push
+from sessions import call, push
 from workers import Log, all_pids, pids, sleeps
 
 SECONDS = 5
@@ -133,3 +133,32 @@ def test_many_tenants_cost_an_idle_server_little(own_app, tenants):
     used = (cpu(app.launcher()) - before) / SECONDS
     print(f"{used:.3f} of a processor")
     assert used < 0.05
+
+
+def memory(pid):
+    """Kilobytes that are the process's own."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:"))
+
+
+@pytest.mark.parametrize("kind", ["good", "fails", "fails at commit"])
+def test_launcher_and_worker_do_not_grow(own_app, kind):
+    app = own_app(**QUIET)
+    app.admin.execute("CREATE TABLE public.kept (id text CONSTRAINT once UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    app.admin.execute("GRANT INSERT ON public.kept TO PUBLIC; INSERT INTO public.kept VALUES ('taken')")
+    body = {"good": "", "fails": "RAISE 'never';", "fails at commit": "INSERT INTO public.kept VALUES ('taken');"}[kind]
+    app.project(body=body, max_failures=1)
+    app.turn_on(workers=1)
+
+    def push_some(count):
+        for n in range(count):
+            last = app.push(str(n % 7))
+        assert call(app.admin, "projection_wait", name="p", up_to=last, timeout="60 s", tenant=str((count - 1) % 7)) == [(True,)]
+
+    push_some(300)
+    wait_until(app.workers)
+    before = {pid: memory(pid) for pid in (app.launcher(), app.worker())}
+    push_some(1500)
+    grown = {pid: memory(pid) - before[pid] for pid in (app.launcher(), app.worker())}
+    print(grown)
+    assert max(grown.values()) < 600

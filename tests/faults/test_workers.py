@@ -179,6 +179,20 @@ def test_a_launcher_that_is_told_to_stop_lets_a_running_batch_end_and_no_other_b
     assert app.admin.execute("SELECT count(*) FROM public.applied").fetchone()[0] == 1
 
 
+@pytest.mark.parametrize("name", ["Mixed Case", "with, comma", 'with "quotes"', "ä" * 31])
+def test_names_of_databases_may_need_quotes(worker_server, new_database, name):
+    other, database = new_database(worker_server, "plain"), new_database(worker_server, name)
+    quoted = name.replace('"', '""')
+    worker_server.conf(**{"lockstep.databases": f'plain, "{quoted}", plain'})
+    try:
+        for session in (database.connect(), other.connect()):
+            wait_until(lambda session=session: len(pids(session, "lockstep launcher")) == 1)
+    finally:
+        worker_server.conf(**{"lockstep.databases": ""})
+        database.drop()
+        other.drop()
+
+
 # lockstep.workers
 
 
@@ -437,3 +451,33 @@ def test_many_tenants_and_long_names_are_all_served(app):
         for tenant in tenants:
             push(session, tenant=tenant)
     app.wait_and_check(["q" * 60])
+
+
+def test_workers_keep_to_the_limit_of_claims(app):
+    app.admin.execute(f"ALTER DATABASE {app.db.name} SET lockstep.max_parallel_claims = 1")
+    app.project(body=NOTE + "PERFORM pg_sleep(0.01);")
+    app.turn_on(workers=4)
+    session = app.db.connect()
+    most = 0
+    for n in range(40):
+        push(session, tenant=str(n % 8))
+        slots = "SELECT count(*) FROM lockstep.projection_status WHERE state = 'running'"
+        most = max(most, session.execute(slots).fetchone()[0])
+    app.wait_and_check()
+    assert most <= 1
+
+
+def test_a_handler_that_ends_its_own_process_delays_nobody_else(app):
+    log = Log(app.cluster)
+    app.project("suicidal", body="PERFORM pg_terminate_backend(pg_backend_pid()), pg_sleep(10);")
+    app.project()
+    app.turn_on(workers=1)
+    positions = []
+    for _ in range(5):
+        positions.append(app.push())
+        app.wait_for(positions)
+    log.wait_for("ended while it ran projection \"suicidal\"")
+    assert app.applied("suicidal") == []
+    app.as_role("projection_drop", name="suicidal")
+    positions.append(app.push())
+    app.wait_for(positions)
