@@ -86,7 +86,7 @@ impl Supervisor {
             if existing.contains(&database) {
                 self.start(&database);
             } else {
-                self.say(&database, "does not exist");
+                self.say(&database, "does not exist or allows no connections");
             }
         }
         Some(RESTART)
@@ -142,7 +142,7 @@ impl Starts {
     /// One that ran for long is started soon; one that ended at once, later each time.
     fn again(&mut self) {
         let ran = self.last.elapsed();
-        self.wait = if ran > LONGEST_RESTART {
+        self.wait = if ran > self.wait * 2 {
             RESTART
         } else {
             (self.wait * 2).min(LONGEST_RESTART)
