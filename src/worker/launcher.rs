@@ -188,16 +188,10 @@ impl Launcher {
     fn look_if_needed(&mut self) {
         if Instant::now() >= self.looks.next {
             self.look(None);
-        } else if self.wants_pairs() {
+        } else if !self.tenants.line.is_empty() && self.wants_pairs() {
             let tenants = self.tenants.take(TENANTS_AT_ONCE);
-            if !tenants.is_empty() {
-                self.look(Some(tenants));
-            }
-        } else {
-            return;
+            self.look(Some(tenants));
         }
-        // A wait for a lock in the look may have taken the call of mail that has come meanwhile.
-        process::wake(process::number());
     }
 
     /// Looks up what is due in the tenants (None: in all).
@@ -216,6 +210,8 @@ impl Launcher {
             let retries = everywhere.then(projection::next_retries);
             Ok((due, is_prepared, retries.unwrap_or_default()))
         });
+        // If the look had to wait for a lock, that took the calls of mail that has come meanwhile.
+        process::wake(process::number());
         // An Ok(Err) is no failure: there is no extension.
         if everywhere || looked.is_err() {
             self.looks.done(begun, looked.is_ok());
