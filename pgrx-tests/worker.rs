@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::worker::queue::{Owner, Pair, Queue};
+use crate::worker::MOST;
+use crate::worker::queue::{Line, Owner, Pair, Queue};
 
 const SECOND: i64 = 1_000_000;
 const ANN: Owner = 1;
@@ -266,6 +267,35 @@ fn a_pair_that_stands_back_is_not_fresh_until_its_time_is_over() {
     assert_eq!(queue.lines(SECOND)[0].fresh, 1);
     assert!(queue.has_fresh(SECOND, 1) && !queue.has_fresh(SECOND, 2));
     assert!(queue.has_fresh(11 * SECOND, 2));
+}
+
+#[test]
+fn a_line_tells_how_many_wait_and_how_many_of_these_are_fresh() {
+    let mut queue = waiting(&[("p", 10), ("q", 20)]);
+    queue.found(only("r"), BOB, 30);
+    assert!(queue.has_fresh(SECOND, 3) && !queue.has_fresh(SECOND, 4));
+    assert_eq!(start(&mut queue, ANN), "p");
+    assert!(!queue.applied(only("p"), ANN, true, SECOND));
+    let line = |owner, since, waiting, fresh| Line {
+        since,
+        owner,
+        waiting,
+        fresh,
+    };
+    assert_eq!(
+        queue.lines(SECOND),
+        [line(ANN, 20, 2, 1), line(BOB, 30, 1, 1)]
+    );
+}
+
+#[test]
+fn no_more_pairs_are_counted_as_fresh_than_there_can_be_workers() {
+    let mut queue = Queue::default();
+    for tenant in 0..=MOST {
+        queue.found(pair("p", &tenant.to_string()), ANN, 10);
+    }
+    let line = queue.lines(SECOND)[0];
+    assert_eq!((line.waiting, line.fresh), (MOST + 1, MOST));
 }
 
 #[test]
