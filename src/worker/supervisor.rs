@@ -55,6 +55,8 @@ struct Supervisor {
 
 struct Starts {
     last: Instant,
+    has_ended: bool,
+    /// From one start to the next.
     wait: Duration,
 }
 
@@ -72,6 +74,11 @@ impl Supervisor {
         let missing = table::without_launcher(&wanted);
         if missing.is_empty() {
             return None;
+        }
+        for database in &missing {
+            if let Some(starts) = self.starts.get_mut(database) {
+                starts.ended();
+            }
         }
         let (ready, waiting): (Vec<String>, Vec<String>) = missing
             .into_iter()
@@ -135,19 +142,26 @@ impl Starts {
     fn first() -> Self {
         Starts {
             last: Instant::now(),
+            has_ended: false,
             wait: RESTART,
         }
     }
 
-    /// One that ran for long is started soon; one that ended at once, later each time.
     fn again(&mut self) {
-        let ran = self.last.elapsed();
-        self.wait = if ran > self.wait * 2 {
-            RESTART
-        } else {
-            (self.wait * 2).min(LONGEST_RESTART)
-        };
         self.last = Instant::now();
+        self.has_ended = false;
+    }
+
+    /// The launcher was seen to have ended. If it did so at once, the next wait is longer.
+    fn ended(&mut self) {
+        if !std::mem::replace(&mut self.has_ended, true) {
+            let ended_at_once = self.last.elapsed() < RESTART;
+            self.wait = if ended_at_once {
+                (self.wait * 2).min(LONGEST_RESTART)
+            } else {
+                RESTART
+            };
+        }
     }
 
     fn is_over(&self) -> bool {
