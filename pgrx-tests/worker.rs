@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::worker::queue::{Owner, Pair, Queue};
+use crate::worker::MOST;
+use crate::worker::queue::{Line, Owner, Pair, Queue};
 
 const SECOND: i64 = 1_000_000;
 const ANN: Owner = 1;
@@ -35,9 +36,16 @@ fn start(queue: &mut Queue, owner: Owner) -> String {
         .map_or_else(String::new, |pair| pair.projection)
 }
 
+/// The owners in line and how many pairs of theirs wait.
+fn owners(queue: &Queue) -> Vec<(Owner, usize)> {
+    let lines = queue.lines(SECOND).into_iter();
+    lines.map(|line| (line.owner, line.waiting)).collect()
+}
+
 /// Starts all that wait, in order.
 fn start_all(queue: &mut Queue, owner: Owner) -> Vec<String> {
     std::iter::from_fn(|| queue.start(owner))
+        .take(100)
         .map(|pair| pair.projection)
         .collect()
 }
@@ -59,7 +67,7 @@ fn pairs_of_one_age_all_start() {
 fn a_pair_that_is_found_again_keeps_its_place() {
     let mut queue = waiting(&[("first", 10), ("second", 20)]);
     queue.found(only("first"), ANN, 30);
-    assert_eq!(queue.owners(), [(ANN, 2)]);
+    assert_eq!(owners(&queue), [(ANN, 2)]);
     assert_eq!(start_all(&mut queue, ANN), ["first", "second"]);
 }
 
@@ -130,10 +138,10 @@ fn a_thousand_single_events_start_before_a_million_goes_on() {
 fn each_owner_has_a_line_and_the_one_that_waits_longest_is_first() {
     let mut queue = waiting(&[("a1", 20), ("a2", 30)]);
     queue.found(only("b1"), BOB, 10);
-    assert_eq!(queue.owners(), [(BOB, 1), (ANN, 2)]);
+    assert_eq!(owners(&queue), [(BOB, 1), (ANN, 2)]);
     assert_eq!(start(&mut queue, ANN), "a1");
     assert_eq!(start(&mut queue, BOB), "b1");
-    assert_eq!(queue.owners(), [(ANN, 1)]);
+    assert_eq!(owners(&queue), [(ANN, 1)]);
     assert_eq!(queue.start(BOB), None);
 }
 
@@ -141,7 +149,7 @@ fn each_owner_has_a_line_and_the_one_that_waits_longest_is_first() {
 fn a_pair_that_was_given_to_another_owner_waits_in_that_ones_line() {
     let mut queue = waiting(&[("p", 10)]);
     queue.found(only("p"), BOB, 10);
-    assert_eq!(queue.owners(), [(BOB, 1)]);
+    assert_eq!(owners(&queue), [(BOB, 1)]);
     assert_eq!(queue.start(ANN), None);
     assert_eq!(start(&mut queue, BOB), "p");
 }
@@ -152,7 +160,7 @@ fn a_pair_that_is_running_is_in_no_line() {
     assert_eq!(start(&mut queue, ANN), "p");
     queue.found(only("p"), ANN, 10);
     queue.found(only("p"), BOB, 10);
-    assert_eq!(queue.owners(), []);
+    assert_eq!(owners(&queue), []);
 }
 
 #[test]
@@ -193,7 +201,10 @@ fn what_happened_before_a_pair_started_does_not_count() {
     assert!(!queue.applied(only("p"), ANN, false, 20));
     queue.found(only("p"), ANN, 30);
     assert_eq!(start(&mut queue, ANN), "p");
-    assert!(!queue.applied(only("p"), ANN, false, 40), "nor for a later batch");
+    assert!(
+        !queue.applied(only("p"), ANN, false, 40),
+        "nor for a later batch"
+    );
 }
 
 #[test]
@@ -204,7 +215,7 @@ fn a_pair_that_rests_is_in_no_line_until_its_time_is_over() {
     assert_eq!(start(&mut queue, ANN), "p");
     queue.rest(only("p"), until);
     queue.found(only("p"), ANN, 10);
-    assert_eq!(queue.owners(), []);
+    assert_eq!(owners(&queue), []);
     assert_eq!(queue.next_rested(), Some(until));
     assert!(queue.rested(until - Duration::from_millis(1)).is_empty());
     assert_eq!(queue.rested(until), [""]);
@@ -229,11 +240,62 @@ fn the_tenants_of_rests_that_are_over_are_told_and_no_others() {
 fn a_pair_that_waits_can_be_put_to_rest_and_a_later_rest_replaces_the_first() {
     let mut queue = waiting(&[("p", 10)]);
     let now = Instant::now();
-    queue.rest_unless_running(only("p"), now + Duration::from_secs(1));
-    queue.rest_unless_running(only("p"), now + Duration::from_secs(2));
-    assert_eq!(queue.owners(), []);
+    queue.rest_at_least(only("p"), now + Duration::from_secs(1));
+    queue.rest_at_least(only("p"), now + Duration::from_secs(2));
+    assert_eq!(owners(&queue), []);
     assert!(queue.rested(now + Duration::from_secs(1)).is_empty());
     assert_eq!(queue.rested(now + Duration::from_secs(2)), [""]);
+}
+
+#[test]
+fn a_look_does_not_shorten_a_rest() {
+    let mut queue = waiting(&[("p", 10)]);
+    let now = Instant::now();
+    assert_eq!(start(&mut queue, ANN), "p");
+    let rest = queue.failed(only("p"), now);
+    queue.rest_at_least(only("p"), now);
+    assert!(queue.rested(now + rest / 2).is_empty());
+    assert_eq!(queue.rested(now + rest), [""]);
+}
+
+#[test]
+fn a_pair_that_stands_back_is_not_fresh_until_its_time_is_over() {
+    let mut queue = waiting(&[("p", 10), ("q", 20)]);
+    assert_eq!(queue.lines(SECOND)[0].fresh, 2);
+    assert_eq!(start(&mut queue, ANN), "p");
+    assert!(!queue.applied(only("p"), ANN, true, SECOND));
+    assert_eq!(queue.lines(SECOND)[0].fresh, 1);
+    assert!(queue.has_fresh(SECOND, 1) && !queue.has_fresh(SECOND, 2));
+    assert!(queue.has_fresh(11 * SECOND, 2));
+}
+
+#[test]
+fn a_line_tells_how_many_wait_and_how_many_of_these_are_fresh() {
+    let mut queue = waiting(&[("p", 10), ("q", 20)]);
+    queue.found(only("r"), BOB, 30);
+    assert!(queue.has_fresh(SECOND, 3) && !queue.has_fresh(SECOND, 4));
+    assert_eq!(start(&mut queue, ANN), "p");
+    assert!(!queue.applied(only("p"), ANN, true, SECOND));
+    let line = |owner, since, waiting, fresh| Line {
+        since,
+        owner,
+        waiting,
+        fresh,
+    };
+    assert_eq!(
+        queue.lines(SECOND),
+        [line(ANN, 20, 2, 1), line(BOB, 30, 1, 1)]
+    );
+}
+
+#[test]
+fn no_more_pairs_are_counted_as_fresh_than_there_can_be_workers() {
+    let mut queue = Queue::default();
+    for tenant in 0..=MOST {
+        queue.found(pair("p", &tenant.to_string()), ANN, 10);
+    }
+    let line = queue.lines(SECOND)[0];
+    assert_eq!((line.waiting, line.fresh), (MOST + 1, MOST));
 }
 
 #[test]
@@ -241,9 +303,12 @@ fn a_pair_that_is_running_is_not_put_to_rest_by_what_a_look_finds() {
     let mut queue = waiting(&[("p", 10)]);
     assert_eq!(start(&mut queue, ANN), "p");
     queue.touch(None);
-    queue.rest_unless_running(only("p"), Instant::now());
+    queue.rest_at_least(only("p"), Instant::now());
     assert_eq!(queue.next_rested(), None);
-    assert!(queue.applied(only("p"), ANN, false, 20), "it was still running");
+    assert!(
+        queue.applied(only("p"), ANN, false, 20),
+        "it was still running"
+    );
 }
 
 #[test]
@@ -263,7 +328,7 @@ fn all_rests_end_when_what_they_waited_for_may_be_mended() {
 fn each_failure_in_a_row_doubles_the_rest_up_to_five_minutes() {
     let mut queue = Queue::default();
     let now = Instant::now();
-    let mut fail = |queue: &mut Queue| {
+    let fail = |queue: &mut Queue| {
         let rest = queue.failed(only("p"), now);
         assert_eq!(queue.next_rested(), Some(now + rest));
         rest.as_secs()
@@ -298,7 +363,7 @@ fn a_pair_that_waits_and_is_due_no_more_leaves_its_line() {
     queue.rest(only("rests"), until);
     queue.touch(None);
     queue.keep_waiting(|pair| pair.projection == "stays");
-    assert_eq!(queue.owners(), [(ANN, 1)]);
+    assert_eq!(owners(&queue), [(ANN, 1)]);
     assert_eq!(start_all(&mut queue, ANN), ["stays"]);
     assert_eq!(queue.next_rested(), Some(until));
     assert!(queue.applied(only("running"), ANN, false, 30));
@@ -312,7 +377,7 @@ fn a_pair_that_is_forgotten_is_in_no_line_and_may_be_found_anew() {
     for name in ["waits", "rests", "runs"] {
         queue.forget(&only(name));
     }
-    assert_eq!((queue.owners(), queue.next_rested()), (vec![], None));
+    assert_eq!((owners(&queue), queue.next_rested()), (vec![], None));
     queue.found(only("runs"), ANN, 10);
     assert_eq!(start_all(&mut queue, ANN), ["runs"]);
 }

@@ -21,6 +21,7 @@
 //!   event, each checked before its COMMIT, so that the one that is to blame is counted, retried and at last skipped.
 
 mod batch;
+mod crew;
 mod launcher;
 pub mod queue;
 mod supervisor;

@@ -55,6 +55,8 @@ struct Supervisor {
 
 struct Starts {
     last: Instant,
+    has_ended: bool,
+    /// From one start to the next.
     wait: Duration,
 }
 
@@ -73,6 +75,11 @@ impl Supervisor {
         if missing.is_empty() {
             return None;
         }
+        for database in &missing {
+            if let Some(starts) = self.starts.get_mut(database) {
+                starts.ended();
+            }
+        }
         let (ready, waiting): (Vec<String>, Vec<String>) = missing
             .into_iter()
             .partition(|database| self.starts.get(database).is_none_or(Starts::is_over));
@@ -86,7 +93,7 @@ impl Supervisor {
             if existing.contains(&database) {
                 self.start(&database);
             } else {
-                self.say(&database, "does not exist");
+                self.say(&database, "does not exist or allows no connections");
             }
         }
         Some(RESTART)
@@ -135,19 +142,26 @@ impl Starts {
     fn first() -> Self {
         Starts {
             last: Instant::now(),
+            has_ended: false,
             wait: RESTART,
         }
     }
 
-    /// One that ran for long is started soon; one that ended at once, later each time.
     fn again(&mut self) {
-        let ran = self.last.elapsed();
-        self.wait = if ran > LONGEST_RESTART {
-            RESTART
-        } else {
-            (self.wait * 2).min(LONGEST_RESTART)
-        };
         self.last = Instant::now();
+        self.has_ended = false;
+    }
+
+    /// The launcher was seen to have ended. If it did so at once, the next wait is longer.
+    fn ended(&mut self) {
+        if !std::mem::replace(&mut self.has_ended, true) {
+            let ended_at_once = self.last.elapsed() < RESTART;
+            self.wait = if ended_at_once {
+                (self.wait * 2).min(LONGEST_RESTART)
+            } else {
+                RESTART
+            };
+        }
     }
 
     fn is_over(&self) -> bool {

@@ -109,6 +109,8 @@ struct Worker {
     /// The number of the launcher's process.
     launcher: usize,
     must_stop: bool,
+    /// Its start or end is a matter of turns and not for the log.
+    quiet: bool,
     projection: Text<MAX_NAME_BYTES>,
     tenant: Text<MAX_NAME_BYTES>,
     started_at: Option<i64>,
@@ -189,6 +191,7 @@ impl Worker {
         process: None,
         launcher: 0,
         must_stop: false,
+        quiet: false,
         projection: Text::EMPTY,
         tenant: Text::EMPTY,
         started_at: None,
@@ -223,7 +226,14 @@ pub fn preload() {
 /// Makes this process the one that learns of a launcher's end. The postmaster would tell only the supervisor that asked for that
 /// launcher, and this one may have come after it.
 pub fn begin_supervisor() {
-    TABLE.exclusive().supervisor = Some(Process::this());
+    let mut table = TABLE.exclusive();
+    table.supervisor = Some(Process::this());
+    for launcher in &mut table.launchers {
+        // Whether that will ever be started is not known any more.
+        if launcher.is_some_and(|launcher| launcher.process.is_none()) {
+            *launcher = None;
+        }
+    }
 }
 
 /// Tells the launchers of other databases than these to stop, and returns which of these have none.
@@ -260,7 +270,7 @@ pub fn add_launcher(database: &str) -> Option<usize> {
     Some(index)
 }
 
-/// Called when the launcher has ended, or could not be started.
+/// Called by a launcher that ends, and by the supervisor for one that was not started or is gone.
 pub fn remove_launcher(index: usize) {
     let mut table = TABLE.exclusive();
     table.launchers[index] = None;
@@ -274,7 +284,10 @@ pub fn remove_launcher(index: usize) {
 /// The name of the launcher's database.
 pub fn begin_launcher(index: usize) -> Option<String> {
     let mut table = TABLE.exclusive();
-    let launcher = table.launchers[index].as_mut()?;
+    // Else it was asked for by a supervisor that has ended since, and another has it.
+    let launcher = table.launchers[index]
+        .as_mut()
+        .filter(|launcher| launcher.process.is_none())?;
     launcher.process = Some(Process::this());
     Some(launcher.database.read())
 }
@@ -284,7 +297,7 @@ pub fn launcher_must_stop(index: usize) -> bool {
 }
 
 /// A place for a worker of that number. None: all are taken.
-pub fn add_worker(number: i32, owner: pg_sys::Oid) -> Option<usize> {
+pub fn add_worker(number: i32, owner: pg_sys::Oid, quiet: bool) -> Option<usize> {
     let mut table = TABLE.exclusive();
     let database = process::database();
     let free = |worker: &Worker| worker.state == State::Free;
@@ -305,6 +318,7 @@ pub fn add_worker(number: i32, owner: pg_sys::Oid) -> Option<usize> {
         number,
         owner,
         counts,
+        quiet,
         launcher: process::number(),
         ..Worker::FREE
     };
@@ -367,10 +381,11 @@ pub fn free(index: usize, is_restart: bool) {
 }
 
 /// Asks it to end after its batch.
-pub fn stop(index: usize) {
+pub fn stop(index: usize, quiet: bool) {
     let mut table = TABLE.exclusive();
     let worker = &mut table.workers[index];
     worker.must_stop = true;
+    worker.quiet = quiet;
     if let Some(process) = worker.process {
         process::wake(process.number);
     }
@@ -383,6 +398,7 @@ pub fn abandon_workers() {
     let workers = table.workers.iter_mut();
     for worker in workers.filter(|worker| worker.database == database) {
         worker.must_stop = true;
+        worker.quiet = false;
         if worker.state == State::Ended {
             worker.state = State::Free;
         }
@@ -402,8 +418,8 @@ pub fn begin_worker(index: usize) -> (pg_sys::Oid, pg_sys::Oid) {
     (worker.database, worker.owner)
 }
 
-/// The worker is connected. Returns its number.
-pub fn worker_is_ready(index: usize) -> i32 {
+/// The worker is connected. Returns its number, and whether to be quiet about it.
+pub fn worker_is_ready(index: usize) -> (i32, bool) {
     let now = process::now();
     let mut table = TABLE.exclusive();
     let worker = &mut table.workers[index];
@@ -412,13 +428,13 @@ pub fn worker_is_ready(index: usize) -> i32 {
         worker.state = State::Idle;
     }
     process::wake(worker.launcher);
-    worker.number
+    (worker.number, worker.quiet)
 }
 
 /// What a worker finds when it looks.
 pub enum Task {
     Nothing,
-    Stop,
+    Stop { quiet: bool },
     Run { projection: String, tenant: String },
 }
 
@@ -435,7 +451,9 @@ pub fn next_task(index: usize) -> Task {
         };
     }
     if worker.must_stop {
-        Task::Stop
+        Task::Stop {
+            quiet: worker.quiet,
+        }
     } else {
         Task::Nothing
     }
