@@ -45,6 +45,7 @@ pub extern "C-unwind" fn lockstep_launcher(argument: pg_sys::Datum) {
     process::set(c"default_transaction_read_only", c"on");
     process::set(c"statement_timeout", c"0");
     process::set(c"lock_timeout", c"0");
+    process::set(c"jit", c"off");
     process::set_application_name(&format!("lockstep launcher {database}"));
     if !mailbox::open() {
         return;
