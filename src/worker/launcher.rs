@@ -50,6 +50,7 @@ pub extern "C-unwind" fn lockstep_launcher(argument: pg_sys::Datum) {
     if !mailbox::open() {
         return;
     }
+    table::launcher_is_ready(index);
     pgrx::log!("lockstep launcher of database \"{database}\" started");
     let mut launcher = Launcher::new();
     while !table::launcher_must_stop(index) {
@@ -67,7 +68,7 @@ pub extern "C-unwind" fn lockstep_launcher(argument: pg_sys::Datum) {
 unsafe extern "C-unwind" fn at_exit(_code: i32, argument: pg_sys::Datum) {
     mailbox::close();
     table::abandon_workers();
-    table::remove_launcher(argument.value());
+    table::end_launcher(argument.value());
 }
 
 struct Launcher {

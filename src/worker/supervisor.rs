@@ -14,7 +14,7 @@ use crate::transaction;
 
 /// How soon a launcher that has ended is started again, and how often a database that is not there is looked for.
 const RESTART: Duration = Duration::from_secs(1);
-/// The longest such time, for a launcher that ends at once each time.
+/// The longest such time, for a launcher that cannot connect.
 const LONGEST_RESTART: Duration = Duration::from_secs(60);
 
 pub fn register() {
@@ -47,7 +47,7 @@ pub extern "C-unwind" fn lockstep_supervisor(_argument: pg_sys::Datum) {
 #[derive(Default)]
 struct Supervisor {
     /// The launchers that this process has asked for, by their place in the table.
-    launchers: HashMap<usize, (String, DynamicBackgroundWorker)>,
+    launchers: HashMap<usize, DynamicBackgroundWorker>,
     starts: HashMap<String, Starts>,
     /// What was last said about a database, so that it is said once.
     said: HashMap<String, &'static str>,
@@ -55,7 +55,6 @@ struct Supervisor {
 
 struct Starts {
     last: Instant,
-    has_ended: bool,
     /// From one start to the next.
     wait: Duration,
 }
@@ -63,7 +62,12 @@ struct Starts {
 impl Supervisor {
     /// Starts the launchers that are missing. Returns when to look again if nothing happens.
     fn look(&mut self) -> Option<Duration> {
-        self.launchers.retain(|index, (_, launcher)| {
+        for (database, was_ready) in table::ended_launchers() {
+            if let Some(starts) = self.starts.get_mut(&database) {
+                starts.ended(was_ready);
+            }
+        }
+        self.launchers.retain(|index, launcher| {
             let has_ended = matches!(launcher.pid(), Err(BackgroundWorkerStatus::Stopped));
             if has_ended {
                 table::remove_launcher(*index);
@@ -74,11 +78,6 @@ impl Supervisor {
         let missing = table::without_launcher(&wanted);
         if missing.is_empty() {
             return None;
-        }
-        for database in &missing {
-            if let Some(starts) = self.starts.get_mut(database) {
-                starts.ended();
-            }
         }
         let (ready, waiting): (Vec<String>, Vec<String>) = missing
             .into_iter()
@@ -118,8 +117,7 @@ impl Supervisor {
         match launcher {
             Ok(launcher) => {
                 self.said.remove(database);
-                self.launchers
-                    .insert(index, (database.to_owned(), launcher));
+                self.launchers.insert(index, launcher);
             }
             Err(_) => {
                 table::remove_launcher(index);
@@ -142,26 +140,20 @@ impl Starts {
     fn first() -> Self {
         Starts {
             last: Instant::now(),
-            has_ended: false,
             wait: RESTART,
         }
     }
 
     fn again(&mut self) {
         self.last = Instant::now();
-        self.has_ended = false;
     }
 
-    /// The launcher was seen to have ended. If it did so at once, the next wait is longer.
-    fn ended(&mut self) {
-        if !std::mem::replace(&mut self.has_ended, true) {
-            let ended_at_once = self.last.elapsed() < RESTART;
-            self.wait = if ended_at_once {
-                (self.wait * 2).min(LONGEST_RESTART)
-            } else {
-                RESTART
-            };
-        }
+    fn ended(&mut self, was_ready: bool) {
+        self.wait = if was_ready {
+            RESTART
+        } else {
+            (self.wait * 2).min(LONGEST_RESTART)
+        };
     }
 
     fn is_over(&self) -> bool {

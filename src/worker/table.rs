@@ -53,7 +53,10 @@ impl<const LIMIT: usize> Text<LIMIT> {
 struct Launcher {
     database: Text<64>,
     process: Option<Process>,
+    /// It is connected.
+    is_ready: bool,
     must_stop: bool,
+    has_ended: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -265,18 +268,26 @@ pub fn add_launcher(database: &str) -> Option<usize> {
     table.launchers[index] = Some(Launcher {
         database: Text::new(database),
         process: None,
+        is_ready: false,
         must_stop: false,
+        has_ended: false,
     });
     Some(index)
 }
 
-/// Called by a launcher that ends, and by the supervisor for one that was not started or is gone.
+/// Takes back the place of a launcher that could not be started.
 pub fn remove_launcher(index: usize) {
+    TABLE.exclusive().launchers[index] = None;
+}
+
+/// Takes back the places of the launchers that have ended, and returns their databases and whether they had been connected.
+pub fn ended_launchers() -> Vec<(String, bool)> {
     let mut table = TABLE.exclusive();
-    table.launchers[index] = None;
-    if let Some(process) = table.supervisor {
-        process::wake(process.number);
-    }
+    let places = table.launchers.iter_mut();
+    let ended = places.filter_map(|place| place.take_if(|launcher| launcher.has_ended));
+    ended
+        .map(|launcher| (launcher.database.read(), launcher.is_ready))
+        .collect()
 }
 
 // What a launcher does.
@@ -290,6 +301,24 @@ pub fn begin_launcher(index: usize) -> Option<String> {
         .filter(|launcher| launcher.process.is_none())?;
     launcher.process = Some(Process::this());
     Some(launcher.database.read())
+}
+
+/// The launcher is connected.
+pub fn launcher_is_ready(index: usize) {
+    if let Some(launcher) = &mut TABLE.exclusive().launchers[index] {
+        launcher.is_ready = true;
+    }
+}
+
+/// The process ends.
+pub fn end_launcher(index: usize) {
+    let mut table = TABLE.exclusive();
+    if let Some(launcher) = &mut table.launchers[index] {
+        launcher.has_ended = true;
+    }
+    if let Some(process) = table.supervisor {
+        process::wake(process.number);
+    }
 }
 
 pub fn launcher_must_stop(index: usize) -> bool {
