@@ -217,8 +217,8 @@ fn a_pair_that_rests_is_in_no_line_until_its_time_is_over() {
     queue.found(only("p"), ANN, 10);
     assert_eq!(owners(&queue), []);
     assert_eq!(queue.next_rested(), Some(until));
-    assert!(queue.rested(until - Duration::from_millis(1)).is_empty());
-    assert_eq!(queue.rested(until), [""]);
+    assert!(queue.rested(until - Duration::from_millis(1), 0).is_empty());
+    assert_eq!(queue.rested(until, 0), [""]);
     assert_eq!(queue.next_rested(), None);
     queue.found(only("p"), ANN, 10);
     assert_eq!(start(&mut queue, ANN), "p");
@@ -232,7 +232,10 @@ fn the_tenants_of_rests_that_are_over_are_told_and_no_others() {
         queue.rest(pair("p", tenant), now + Duration::from_secs(seconds));
     }
     assert_eq!(queue.next_rested(), Some(now + Duration::from_secs(1)));
-    assert_eq!(queue.rested(now + Duration::from_secs(2)), ["soon", "next"]);
+    assert_eq!(
+        queue.rested(now + Duration::from_secs(2), 0),
+        ["soon", "next"]
+    );
     assert_eq!(queue.next_rested(), Some(now + Duration::from_secs(3)));
 }
 
@@ -243,8 +246,8 @@ fn a_pair_that_waits_can_be_put_to_rest_and_a_later_rest_replaces_the_first() {
     queue.rest_at_least(only("p"), now + Duration::from_secs(1));
     queue.rest_at_least(only("p"), now + Duration::from_secs(2));
     assert_eq!(owners(&queue), []);
-    assert!(queue.rested(now + Duration::from_secs(1)).is_empty());
-    assert_eq!(queue.rested(now + Duration::from_secs(2)), [""]);
+    assert!(queue.rested(now + Duration::from_secs(1), 0).is_empty());
+    assert_eq!(queue.rested(now + Duration::from_secs(2), 0), [""]);
 }
 
 #[test]
@@ -254,8 +257,8 @@ fn a_look_does_not_shorten_a_rest() {
     assert_eq!(start(&mut queue, ANN), "p");
     let rest = queue.failed(only("p"), now);
     queue.rest_at_least(only("p"), now);
-    assert!(queue.rested(now + rest / 2).is_empty());
-    assert_eq!(queue.rested(now + rest), [""]);
+    assert!(queue.rested(now + rest / 2, 0).is_empty());
+    assert_eq!(queue.rested(now + rest, 0), [""]);
 }
 
 #[test]
@@ -312,6 +315,19 @@ fn a_pair_that_is_running_is_not_put_to_rest_by_what_a_look_finds() {
 }
 
 #[test]
+fn a_pair_that_failed_stands_behind_those_that_came_while_it_rested() {
+    let mut queue = waiting(&[("fails", 10)]);
+    let now = Instant::now();
+    assert_eq!(start(&mut queue, ANN), "fails");
+    queue.rest(only("fails"), now);
+    queue.found(only("new"), ANN, 50);
+    assert_eq!(queue.rested(now, 60), [""]);
+    queue.found(only("fails"), ANN, 10);
+    queue.found(only("newer"), ANN, 70);
+    assert_eq!(start_all(&mut queue, ANN), ["new", "fails", "newer"]);
+}
+
+#[test]
 fn all_rests_end_when_what_they_waited_for_may_be_mended() {
     let mut queue = Queue::default();
     let now = Instant::now();
@@ -343,7 +359,7 @@ fn the_end_of_a_rest_does_not_forgive_and_a_batch_that_is_applied_does() {
     let mut queue = Queue::default();
     let now = Instant::now();
     assert_eq!(queue.failed(only("p"), now).as_secs(), 1);
-    assert_eq!(queue.rested(now + Duration::from_secs(1)), [""]);
+    assert_eq!(queue.rested(now + Duration::from_secs(1), 0), [""]);
     assert_eq!(queue.failed(only("p"), now).as_secs(), 2);
     queue.end_rests();
     assert_eq!(queue.failed(only("p"), now).as_secs(), 4);

@@ -32,7 +32,9 @@ WITH tenants AS MATERIALIZED (
                 WHEN r.rolname IS NULL THEN 'refused_role_missing'
                 WHEN r.rolsuper THEN 'refused_superuser'
                 WHEN NOT r.rolcanlogin AND pg_catalog.current_setting('server_version_num')::int < 170000
-                    THEN 'refused_role_nologin' END AS refused,
+                    THEN 'refused_role_nologin'
+                WHEN NOT pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
+                    THEN 'refused_role_connect' END AS refused,
            COALESCE(x.paused, p.paused) AS paused,
            COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false) AS backs_off,
            c.advanced_at

@@ -122,8 +122,17 @@ fn claim_range(request: &Request, range: Range, filter: &Filter, max_events: i32
             return request.refused(Outcome::Busy);
         }
         Some(last) => {
-            let after = range.after;
-            request.remember(Outcome::Claimed { after, last }, more || beyond_limit);
+            let is_rest_scanned = !more && !filter.passes_all() && !beyond_limit;
+            let batch = Outcome::Claimed {
+                after: range.after,
+                last,
+                scanned: if is_rest_scanned {
+                    last_position(request.tenant, range.up_to)
+                } else {
+                    last
+                },
+            };
+            request.remember(batch, more || beyond_limit);
         }
         None => {
             let scanned = if filter.passes_all() {

@@ -81,7 +81,8 @@ pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
         () => {
             behind!(
                 ", r.oid",
-                "JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner AND NOT r.rolsuper AND (r.rolcanlogin OR $3)",
+                "JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner AND NOT r.rolsuper AND (r.rolcanlogin OR $3)
+                 AND pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')",
                 "p.handler IS NOT NULL"
             )
         };

@@ -14,10 +14,12 @@ use crate::snapshot;
 /// How a claim went, or what became of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// A batch: the events after `after` that pass the filter, up to and with the one at `last`.
+    /// A batch: the events after `after` that pass the filter, up to and with the one at `last`. None up to `scanned` passes it
+    /// after that.
     Claimed {
         after: Position,
         last: Position,
+        scanned: Position,
     },
     /// The lock, but no event; the cursor is at `position`.
     None {
@@ -124,7 +126,7 @@ pub fn last_claim(projection: &str, tenant: &str) -> Option<Claim> {
 /// The batch that this transaction holds, else LS002.
 pub fn batch(projection: &str, tenant: &str) -> Result<Batch, Error> {
     let detail = match last_claim(projection, tenant).map(|claim| claim.outcome) {
-        Some(Outcome::Claimed { after, last }) => return Ok(Batch { after, last }),
+        Some(Outcome::Claimed { after, last, .. }) => return Ok(Batch { after, last }),
         Some(Outcome::None { position }) => {
             return Ok(Batch {
                 after: position,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::claim::{self, Request};
 use super::cursor::{self, Projection};
 use super::failure::{self, Verdict};
-use super::held::{self, Outcome};
+use super::held::{self, Claim, Outcome};
 use crate::error::Error;
 use crate::event_log::settle;
 use crate::position::Position;
@@ -101,9 +101,12 @@ pub fn run(
     if definition.handler.is_none() {
         return Err(Error::NoHandler(projection.to_owned()));
     }
-    let more = match held::last_claim(projection, tenant) {
+    let (more, scanned) = match held::last_claim(projection, tenant) {
         _ if nested => return Ok(nothing(Status::Busy, false)),
-        Some(claim) if matches!(claim.outcome, Outcome::Claimed { .. }) => claim.more,
+        Some(Claim {
+            outcome: Outcome::Claimed { scanned, .. },
+            more,
+        }) => (more, scanned),
         Some(claim) if matches!(claim.outcome, Outcome::None { .. }) => {
             return Ok(nothing(Status::Ok, claim.more));
         }
@@ -123,6 +126,8 @@ pub fn run(
         handler: &handler,
         events: &events,
         deadline,
+        // A worker comes again only if something happens: it leaves the pair with nothing to look through.
+        scanned: (runner != Runner::Session).then_some(scanned),
         checks_constraints: runner == Runner::CarefulWorker,
         kept: 0,
         skipped: 0,
@@ -222,6 +227,8 @@ struct Run<'a> {
     handler: &'a Handler,
     events: &'a Events,
     deadline: Option<Instant>,
+    /// Where the cursor goes when the whole batch is applied, if not to its last event.
+    scanned: Option<Position>,
     checks_constraints: bool,
     kept: usize,
     skipped: usize,
@@ -261,7 +268,8 @@ impl Run<'_> {
         let (projection, tenant) = (self.request.projection, self.request.tenant);
         let reached = next
             .checked_sub(1)
-            .and_then(|row| self.events.position(row));
+            .and_then(|row| self.events.position(row))
+            .max(self.scanned.filter(|_| next == count));
         let (position, retry_in) = rights::as_extension_owner(|| match reached {
             Some(position) if status == Status::Ok => {
                 cursor::advance(projection, tenant, position);

@@ -11,6 +11,8 @@ use super::queue::{Owner, Pair};
 use super::table::{self, Outcome, Seen, State};
 use crate::guc;
 use crate::process;
+use crate::rights;
+use crate::transaction;
 
 /// A worker that has had nothing to do for so long is ended: its process and its connection are of use to others.
 const LONGEST_IDLE: Duration = Duration::from_secs(300);
@@ -155,10 +157,10 @@ impl Crew {
         });
         refused.wait = (refused.wait * 2).min(LONGEST_RETRY_START);
         refused.until = now + refused.wait;
-        pgrx::log!(
-            "a lockstep worker could not be started, next in {:?}",
-            refused.wait
-        );
+        let wait = refused.wait;
+        let role = transaction::run(|| Ok::<_, ()>(rights::role_name(pg_sys::Oid::from(owner))));
+        let role = role.ok().and_then(Result::ok).flatten().unwrap_or_default();
+        pgrx::log!("a lockstep worker could not be started as role \"{role}\", next in {wait:?}");
     }
 
     /// Whether no worker of the owner's is to be started now.

@@ -176,7 +176,7 @@ impl Launcher {
             self.queue.touch(Some(&tenant));
             self.tenants.add(tenant);
         }
-        for tenant in self.queue.rested(Instant::now()) {
+        for tenant in self.queue.rested(Instant::now(), process::now()) {
             self.tenants.add(tenant);
         }
     }

@@ -67,6 +67,8 @@ pub struct Queue {
     lines: HashMap<Owner, BTreeSet<(i64, Pair)>>,
     /// Failures in a row of pairs that are not an event's.
     failures: HashMap<Pair, u32>,
+    /// When the rest of a pair was over that has not been found due again.
+    rested: HashMap<Pair, i64>,
 }
 
 impl Queue {
@@ -78,7 +80,9 @@ impl Queue {
             _ => {}
         }
         self.leave(&pair);
-        self.join_line(pair, owner, since);
+        // One that failed does not get in front of those that came while it rested, again and again.
+        let rested = self.rested.remove(&pair).unwrap_or(since);
+        self.join_line(pair, owner, since.max(rested));
     }
 
     /// Something happened in the tenant (None: in any), which a batch that is running may have begun too early to see.
@@ -102,6 +106,9 @@ impl Queue {
         for pair in gone {
             self.leave(&pair);
         }
+        self.failures
+            .retain(|pair, _| self.pairs.contains_key(pair));
+        self.rested.clear();
     }
 
     /// The lines, the one whose first pair waits longest first.
@@ -180,15 +187,17 @@ impl Queue {
         touched
     }
 
-    /// Ends the rests whose time is over, and returns their tenants: what is due there must be looked up.
-    pub fn rested(&mut self, now: Instant) -> Vec<String> {
+    /// Ends the rests whose time is over, and returns their tenants: what is due there must be looked up. `clock` is the
+    /// database's for `now`.
+    pub fn rested(&mut self, now: Instant, clock: i64) -> Vec<String> {
         let mut tenants = Vec::new();
         while let Some((until, _)) = self.resting.first()
             && *until <= now
             && let Some((_, pair)) = self.resting.pop_first()
         {
             self.pairs.remove(&pair);
-            tenants.push(pair.tenant);
+            tenants.push(pair.tenant.clone());
+            self.rested.insert(pair, clock);
         }
         tenants
     }
