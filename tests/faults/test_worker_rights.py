@@ -258,42 +258,39 @@ def test_a_batch_that_breaks_nothing_but_in_the_middle_is_applied_as_a_whole(app
     assert app.failures() == []
 
 
-def test_a_projection_that_is_given_away_while_it_waits_never_runs_as_the_wrong_role(app):
-    """Its handler notes as whom it runs and whose the projection was; the two owners take turns under load."""
+def test_a_projection_that_is_given_away_while_it_is_queued_runs_as_its_new_owner(app):
     other = app.role("other")
-    app.admin.execute("GRANT SELECT ON lockstep.projections TO PUBLIC")
-    app.admin.execute("CREATE FUNCTION public.owner_now() RETURNS text SECURITY DEFINER LANGUAGE sql AS "
-                      "$$ SELECT owner FROM lockstep.projections WHERE name = 'p' $$")  # fmt: skip
-    app.admin.execute(f"GRANT USAGE ON SCHEMA {app.owner} TO PUBLIC")
-    app.project(body="INSERT INTO public.applied (projection, tenant, position, who) VALUES (TG, e.tenant, e.position,"
-                     " CASE WHEN current_user = public.owner_now() AND session_user = current_user THEN current_user END);")  # fmt: skip
+    app.admin.execute(f"GRANT USAGE ON SCHEMA {app.owner} TO {other}")
+    app.project("blocks", body="PERFORM pg_advisory_xact_lock_shared(4711);")
+    gate = app.db.connect()
+    gate.execute("SELECT pg_advisory_lock(4711)")
+    app.turn_on(workers=1)
+    app.push("blocked")
+    app.wait_for_handler()
+    app.project()
+    positions = [app.push("queued") for _ in range(3)]
+    wait_for_looks(app)
+    app.admin.execute("SELECT lockstep.projection_owner('p', %s::regrole)", (other,))
+    gate.execute("SELECT pg_advisory_unlock(4711)")
+    app.wait_for(positions, tenant="queued")
+    assert who(app) == [(other, other)]
+
+
+def test_a_projection_that_changes_hands_under_load_runs_as_its_owners_and_loses_nothing(app):
+    other = app.role("other")
+    app.admin.execute(f"GRANT USAGE ON SCHEMA {app.owner} TO {other}")
+    app.project()
     app.turn_on(workers=2)
     for n in range(120):
         app.push(str(n % 10))
         app.admin.execute("SELECT lockstep.projection_owner('p', %s::regrole)", ((app.owner, other)[n // 2 % 2],))
     app.wait_and_check()
-    owners = {name for (name,) in app.admin.execute("SELECT DISTINCT who FROM public.applied").fetchall()}
-    assert owners <= {app.owner, other}
+    assert set(who(app)) <= {(app.owner, app.owner), (other, other)}
+    app.admin.execute("DELETE FROM public.applied")
+    app.admin.execute("SELECT lockstep.projection_owner('p', %s::regrole)", (other,))
+    app.wait_for([app.push("later")], tenant="later")
+    assert who(app) == [(other, other)]
     assert app.failures() == []
-
-
-def test_a_projection_that_is_given_away_while_it_runs_is_given_when_its_batch_is_done(app):
-    other = app.role("other")
-    app.admin.execute(f"GRANT USAGE ON SCHEMA {app.owner} TO PUBLIC")
-    app.project(body=NOTE + "PERFORM pg_advisory_xact_lock_shared(4711);")
-    gate, giver = app.db.connect(), app.db.connect()
-    gate.execute("SELECT pg_advisory_lock(4711)")
-    app.turn_on(workers=1)
-    first = app.push()
-    app.wait_for_handler()
-    second = app.push()
-    gate.execute("SELECT pg_advisory_unlock(4711)")
-    giver.execute("SELECT lockstep.projection_owner('p', %s::regrole)", (other,))
-    app.wait_for([first, second])
-    third = app.push()
-    app.wait_for([first, second, third])
-    rows = [name for (name,) in app.admin.execute("SELECT who FROM public.applied ORDER BY nth").fetchall()]
-    assert rows[0] == app.owner and rows[2] == other
 
 
 def test_a_handler_that_is_gone_stops_its_projection_alone_until_it_is_back(app):

@@ -453,18 +453,19 @@ def test_many_tenants_and_long_names_are_all_served(app):
     app.wait_and_check(["q" * 60])
 
 
-def test_workers_keep_to_the_limit_of_claims(app):
-    app.admin.execute(f"ALTER DATABASE {app.db.name} SET lockstep.max_parallel_claims = 1")
-    app.project(body=NOTE + "PERFORM pg_sleep(0.01);")
+def test_workers_keep_to_the_limit_of_claims(app, gate):
+    app.admin.execute(f"ALTER DATABASE {app.db.name} SET lockstep.max_parallel_claims = 2")
+    app.project(body=BLOCK + NOTE)
     app.turn_on(workers=4)
     session = app.db.connect()
-    most = 0
-    for n in range(40):
-        push(session, tenant=str(n % 8))
-        slots = "SELECT count(*) FROM lockstep.projection_status WHERE state = 'running'"
-        most = max(most, session.execute(slots).fetchone()[0])
+    for n in range(8):
+        push(session, tenant=str(n))
+    wait_until(lambda: waiting_handlers(app) == 2)
+    looks = sleeps(app.launcher())
+    wait_until(lambda: sleeps(app.launcher()) >= looks + 10)
+    assert waiting_handlers(app) == 2
+    open_gate(gate)
     app.wait_and_check()
-    assert most <= 1
 
 
 def test_a_handler_that_ends_its_own_process_delays_nobody_else(app):
