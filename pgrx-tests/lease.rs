@@ -1,0 +1,4 @@
+//! Leases as one session sees them.
+
+#[pgrx::pg_schema]
+mod tests {}
