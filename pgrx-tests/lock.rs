@@ -22,6 +22,8 @@ mod tests {
         Tag::global_unique_key("email", "a").acquire(Mode::Exclusive);
         Tag::projection("p", "t").acquire(Mode::Exclusive);
         Tag::projection_all("p").acquire(Mode::Shared);
+        Tag::lease("l").acquire(Mode::Exclusive);
+        Tag::lease_waiter("l").acquire(Mode::Shared);
         assert_eq!(
             held(),
             "967321022/4022255791/4096,\

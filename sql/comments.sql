@@ -51,7 +51,7 @@ COMMENT ON FUNCTION lockstep.aggregate_events(text, text, bigint, int, text) IS
 COMMENT ON FUNCTION lockstep.ticket_resync() IS
 'Sets the ticket sequence above the log and returns its value. Waits for the pushes in flight; pushes wait for it until its transaction ends.';
 COMMENT ON FUNCTION lockstep.after_data_loss() IS
-'Raises the ticket sequence by 2^32. For use once after a failover or point-in-time recovery that lost commits.';
+'Raises the ticket and every token by 2^32; tokens handed out before count no more. For use once after a failover or point-in-time recovery that lost commits.';
 
 COMMENT ON FUNCTION lockstep.projection_create(text, text[], text[], regprocedure, int, int, interval, numeric, boolean) IS
 'Creates a projection owned by the caller; false if it was there and if_not_exists is true. start_after NULL: after what each tenant has settled now. Raises 42710.';
@@ -85,6 +85,41 @@ COMMENT ON FUNCTION lockstep.failed_event_retry(text, numeric, text) IS
 'Applies a skipped event again with the handler, with the caller''s rights; true if it succeeded. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
 COMMENT ON FUNCTION lockstep.failed_event_discard(text, numeric, text) IS
 'Forgets a skipped event. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
+
+COMMENT ON SEQUENCE lockstep.token IS
+'Tokens of leases, syncs and jobs, and incarnations. Shared by all, so that none is used twice. CACHE must stay 1.';
+COMMENT ON TABLE lockstep.leases IS
+'Leases: who holds what until when. Written by the lease functions alone.';
+COMMENT ON COLUMN lockstep.leases.holder IS 'One incarnation of a process: two under one name share the token. Null after a release.';
+COMMENT ON COLUMN lockstep.leases.token IS 'Grows at every acquisition, never at a renewal; a former holder''s is refused.';
+COMMENT ON COLUMN lockstep.leases.expires_at IS 'End of the holder''s time; after a release, when that was.';
+COMMENT ON COLUMN lockstep.leases.transitions IS 'How often it was acquired anew since it was made.';
+COMMENT ON COLUMN lockstep.leases.min_hold_until IS 'Nobody else acquires it before, released or not. Null without min_hold.';
+COMMENT ON COLUMN lockstep.leases.lock_delay IS 'How long it stays closed after it expired.';
+COMMENT ON COLUMN lockstep.leases.stolen_from IS 'Who held it when lease_steal took it, if anybody did.';
+
+COMMENT ON FUNCTION lockstep.lease_acquire(text, text, interval, jsonb, interval, interval) IS
+'Acquires a lease for ttl unless somebody else holds it; the holder itself renews it. Waits for nobody. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.lease_renew(text, bigint, interval) IS
+'Makes a held lease last for ttl (NULL: its own) from now: renewed; or expired, lost, unknown.';
+COMMENT ON FUNCTION lockstep.lease_release(text, bigint) IS
+'Gives a lease back: true; false if it is not held with this token.';
+COMMENT ON FUNCTION lockstep.lease_guard(text, bigint) IS
+'Raises LS003 unless the lease is held with this token; nobody takes it over until this transaction ends.';
+COMMENT ON FUNCTION lockstep.lease_guard_at_commit(text, bigint) IS
+'Makes COMMIT raise LS003 unless the lease is held with this token then. No PREPARE TRANSACTION (0A000).';
+COMMENT ON FUNCTION lockstep.lease_guard_trigger() IS
+'BEFORE trigger for each STATEMENT; arguments lease_name and, optionally, setting_name. Raises LS003 unless this transaction guards the lease or the setting holds its token.';
+COMMENT ON FUNCTION lockstep.lease_steal(text, text, interval, text) IS
+'Takes a lease from its holder, with a new token. Waits for guards, obeying lock_timeout; 55P03 names their pids.';
+COMMENT ON PROCEDURE lockstep.lease_take(text, text, interval, interval, boolean, bigint, timestamptz, timestamptz) IS
+'Waits until it has acquired the lease or the timeout is over, without a transaction id or a snapshot. Raises 2D000 in a transaction block.';
+COMMENT ON FUNCTION lockstep.lease_delete_expired(interval) IS
+'Deletes leases that have been open for at least older_than; returns how many. Tokens go on growing.';
+COMMENT ON FUNCTION lockstep.lease_locks() IS
+'The guards held and the sessions that wait in lease_take, from the lock table. See the view lockstep.lease_status.';
+COMMENT ON VIEW lockstep.lease_status IS
+'Each lease: holder, token, state, time left, how often it was acquired anew, who waits in lease_take, which transactions guard it now, when it opens.';
 
 COMMENT ON FUNCTION lockstep.writer_locks() IS
 'The pushes in flight, from the lock table. See the view lockstep.writers.';

@@ -12,3 +12,4 @@ ALTER FUNCTION lockstep.writer_locks() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.projection_locks() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.workers() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.workers_are_on() CALLED ON NULL INPUT;
+ALTER FUNCTION lockstep.lease_locks() CALLED ON NULL INPUT;

@@ -104,3 +104,37 @@ SELECT w.worker,
        a.wait_event
 FROM lockstep.workers() AS w
 LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = w.pid;
+
+-- Guards and waiters are locks, so this shows them without the library being preloaded.
+CREATE VIEW lockstep.lease_status AS
+WITH locks AS MATERIALIZED (
+    SELECT k.name,
+           pg_catalog.array_agg(k.pid ORDER BY k.pid) FILTER (WHERE k.purpose = 'wait') AS waiting_pids,
+           pg_catalog.array_agg(k.pid ORDER BY k.pid) FILTER (WHERE k.purpose = 'guard' AND k.pid IS NOT NULL) AS guarding_pids,
+           pg_catalog.array_agg(x.gid ORDER BY x.gid) FILTER (WHERE x.gid IS NOT NULL) AS guarding_gids
+    FROM lockstep.lease_locks() AS k
+    LEFT JOIN pg_catalog.pg_prepared_xacts AS x ON x.transaction::text::bigint = k.prepared_transaction
+    GROUP BY k.name
+)
+SELECT l.name,
+       l.holder,
+       l.token,
+       CASE WHEN l.holder IS NULL THEN 'released'
+            WHEN l.expires_at > pg_catalog.clock_timestamp() THEN 'held'
+            ELSE 'expired' END AS state,
+       CASE WHEN l.holder IS NULL THEN interval '0'
+            ELSE GREATEST(l.expires_at - pg_catalog.clock_timestamp(), interval '0') END AS remaining,
+       l.transitions,
+       COALESCE(k.waiting_pids, '{}') AS waiting_pids,
+       COALESCE(k.guarding_pids, '{}') AS guarding_pids,
+       COALESCE(k.guarding_gids, '{}') AS guarding_gids,
+       l.acquired_at,
+       l.renewed_at,
+       l.expires_at,
+       -- Null: open as soon as nobody holds it.
+       GREATEST(l.min_hold_until, CASE WHEN l.holder IS NOT NULL THEN l.expires_at + l.lock_delay END) AS opens_at,
+       l.metadata,
+       l.stolen_from,
+       l.steal_reason
+FROM lockstep.leases AS l
+LEFT JOIN locks AS k ON k.name = l.name;

@@ -24,6 +24,28 @@ pub enum Error {
         tenant: String,
         detail: &'static str,
     },
+    /// The lease is not held with the token that was given, or not guarded at all.
+    LeaseLost {
+        name: String,
+        token: Option<i64>,
+        actual: String,
+    },
+    /// lock_timeout ran out while transactions guarded the lease; 0 is the pid of a prepared one.
+    LeaseGuarded {
+        name: String,
+        pids: Vec<i32>,
+    },
+    /// A transaction with a check at its COMMIT cannot be prepared.
+    CannotPrepare(String),
+    /// A procedure that commits was called where it cannot.
+    NeedsOwnTransaction(&'static str),
+    /// A trigger that is not fired as it must be.
+    TriggerProtocol(&'static str),
+    /// The token sequence has handed out a token that is not above the last one of this object.
+    TokenNotAbove {
+        token: i64,
+        previous: i64,
+    },
     /// A bad argument; `message` names it.
     InvalidParameter {
         message: String,
@@ -105,11 +127,15 @@ impl Error {
         match self {
             Error::SequenceConflict { .. } => "LS001",
             Error::ClaimNotHeld { .. } => "LS002",
+            Error::LeaseLost { .. } => "LS003",
+            Error::CannotPrepare(_) => "0A000",
             Error::InvalidParameter { .. } => "22023",
             Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
             Error::NeedsReadCommitted(_) | Error::WaitsAfterPush(_) => "25000",
             Error::ReadOnly { .. } => "25006",
+            Error::NeedsOwnTransaction(_) => "2D000",
+            Error::TriggerProtocol(_) => "39P01",
             Error::SerializationFailure(_) => "40001",
             Error::Spi(_) => "XX000",
             Error::UndefinedProjection(_) => "42704",
@@ -118,8 +144,10 @@ impl Error {
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
             Error::TicketBehindLog { .. }
             | Error::TicketNotAbove { .. }
+            | Error::TokenNotAbove { .. }
             | Error::NoHandler(_)
             | Error::NotSkipped { .. } => "55000",
+            Error::LeaseGuarded { .. } => "55P03",
         }
     }
 
@@ -129,6 +157,21 @@ impl Error {
                 actual, expected, ..
             } => format!("Actual sequence {actual}, expected {expected}."),
             Error::ClaimNotHeld { detail, .. } => return Some(Cow::Borrowed(detail)),
+            Error::LeaseLost {
+                token: Some(token),
+                actual,
+                ..
+            } => format!("Actual: {actual}, expected: held with token {token}."),
+            Error::LeaseLost { actual, .. } => {
+                format!("Actual: {actual}, expected: a guard in this transaction.")
+            }
+            Error::TokenNotAbove { token, previous } => {
+                format!("Token drawn {token}, last token handed out {previous}.")
+            }
+            Error::CannotPrepare(_) => {
+                "The lease could be taken over between PREPARE TRANSACTION and COMMIT PREPARED.".into()
+            }
+            Error::NeedsOwnTransaction(_) => "It commits each of its tries.".into(),
             Error::InvalidParameter { detail, .. } => detail.clone()?,
             Error::UniqueViolation { key, .. } => format!("Key {key} already exists."),
             Error::NeedsReadCommitted(_) => {
@@ -165,18 +208,49 @@ impl Error {
             | Error::NoHandler(_)
             | Error::HandlerDenied(_)
             | Error::NotSkipped { .. }
+            | Error::LeaseGuarded { .. }
+            | Error::TriggerProtocol(_)
             | Error::Spi(_) => return None,
         };
         Some(Cow::Owned(detail))
     }
 
-    fn hint(&self) -> Option<&'static str> {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        match self {
+            Error::LeaseGuarded { pids, .. } => {
+                let mut holders: Vec<String> = pids
+                    .iter()
+                    .map(|pid| match pid {
+                        0 => "a prepared transaction".into(),
+                        pid => format!("pid {pid}"),
+                    })
+                    .collect();
+                holders.sort();
+                (!holders.is_empty())
+                    .then(|| Cow::Owned(format!("Wait for {}, or end it.", holders.join(" and "))))
+            }
+            _ => self.fixed_hint().map(Cow::Borrowed),
+        }
+    }
+
+    fn fixed_hint(&self) -> Option<&'static str> {
         match self {
             Error::SequenceConflict { .. } => {
                 Some("Read the aggregate's new events, decide again and push again.")
             }
             Error::ClaimNotHeld { .. } => Some(
                 "Call projection_claim in this transaction, outside the savepoint that is rolled back.",
+            ),
+            Error::LeaseLost { token: Some(_), .. } => {
+                Some("Stop the work. To go on, acquire the lease again and read the state anew.")
+            }
+            Error::LeaseLost { .. } => Some(
+                "SELECT lockstep.lease_guard(name, token) in this transaction, before the write.",
+            ),
+            Error::CannotPrepare(_) => Some("Use lease_guard, which a prepared transaction keeps."),
+            Error::NeedsOwnTransaction(_) => Some("Call it outside of a transaction block."),
+            Error::TokenNotAbove { .. } => Some(
+                "ALTER SEQUENCE lockstep.token CACHE 1, then SELECT lockstep.after_data_loss().",
             ),
             Error::InvalidParameter { hint, .. } => *hint,
             Error::NeedsReadCommitted(_) => Some("Use a READ COMMITTED transaction."),
@@ -214,6 +288,8 @@ impl Error {
             | Error::NotOwner { .. }
             | Error::NotMember { .. }
             | Error::HandlerDenied(_)
+            | Error::LeaseGuarded { .. }
+            | Error::TriggerProtocol(_)
             | Error::Spi(_) => None,
         }
     }
@@ -229,7 +305,7 @@ impl Error {
     pub fn raise(self) -> ! {
         let message = c_string(self.to_string());
         let detail = self.detail().map(|text| c_string(text.into_owned()));
-        let hint = self.hint().map(|text| c_string(text.into()));
+        let hint = self.hint().map(|text| c_string(text.into_owned()));
         let constraint = self.constraint().map(|text| c_string(text.into()));
         let pointer = |text: &Option<CString>| {
             text.as_ref()
@@ -268,6 +344,31 @@ impl fmt::Display for Error {
                 f,
                 "this transaction holds no claim on projection \"{projection}\" of tenant \"{tenant}\""
             ),
+            Error::LeaseLost {
+                name,
+                token: Some(token),
+                ..
+            } => write!(f, "lease \"{name}\" is not held with token {token}"),
+            Error::LeaseLost { name, .. } => {
+                write!(f, "lease \"{name}\" is not guarded by this transaction")
+            }
+            Error::LeaseGuarded { name, .. } => {
+                write!(f, "could not take lease \"{name}\" within lock_timeout")
+            }
+            Error::CannotPrepare(name) => write!(
+                f,
+                "cannot PREPARE a transaction that guards lease \"{name}\" at its COMMIT"
+            ),
+            Error::NeedsOwnTransaction(procedure) => {
+                write!(
+                    f,
+                    "{procedure}() cannot run inside a transaction block or a function"
+                )
+            }
+            Error::TriggerProtocol(message) => f.write_str(message),
+            Error::TokenNotAbove { .. } => {
+                f.write_str("the token sequence gave a token out of order")
+            }
             Error::InvalidParameter { message, .. } => f.write_str(message),
             Error::NullArgument(name) => write!(f, "argument \"{name}\" must not be null"),
             Error::NullElement(name) => write!(f, "argument \"{name}\" must not contain null"),

@@ -124,6 +124,16 @@ fn set(name: &CStr, value: &CStr, action: pg_sys::GucAction::Type) {
     }
 }
 
+/// The value of any setting, as current_setting(name, true) gives it to the current user.
+pub fn custom(name: &str) -> Option<String> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: returns null where there is no such setting, else a string that lives until the setting changes.
+    unsafe {
+        let value = pg_sys::GetConfigOptionByName(name.as_ptr(), std::ptr::null_mut(), true);
+        (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy().into_owned())
+    }
+}
+
 /// Settings in force until dropped, as by a function's SET clause.
 pub struct Settings(i32);
 

@@ -11,10 +11,13 @@ mod error;
 mod event_log;
 mod guc;
 mod jsonb;
+mod lease;
 mod lock;
 mod position;
+mod procedure;
 mod process;
 mod projection;
+mod recovery;
 mod rights;
 mod sequence;
 mod snapshot;
@@ -30,15 +33,19 @@ extension_sql_file!(
     name = "projection",
     requires = ["event_log"]
 );
+extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
+extension_sql_file!("../sql/lease.sql", name = "lease", requires = ["token"]);
 extension_sql_file!(
     "../sql/status.sql",
     name = "status",
     requires = [
         "projection",
+        "lease",
         event_log::writer_locks,
         projection::projection_locks,
         worker::workers,
         worker::workers_are_on,
+        lease::lease_locks,
     ]
 );
 extension_sql_file!(
@@ -53,7 +60,6 @@ extension_sql_file!(
         event_log::read_events,
         event_log::aggregate_events,
         event_log::ticket_resync,
-        event_log::after_data_loss,
         projection::projection_create,
         projection::projection_alter,
         projection::projection_drop,
@@ -70,6 +76,16 @@ extension_sql_file!(
         projection::projection_resume,
         projection::failed_event_retry,
         projection::failed_event_discard,
+        lease::lease_acquire,
+        lease::lease_renew,
+        lease::lease_release,
+        lease::lease_guard,
+        lease::lease_guard_at_commit,
+        lease::lease_guard_trigger,
+        lease::lease_steal,
+        lease::lease_take,
+        lease::lease_delete_expired,
+        recovery::after_data_loss,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -92,6 +108,9 @@ mod event_log_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/failure.rs"]
 mod failure_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/lease.rs"]
+mod lease_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lock.rs"]
 mod lock_tests;

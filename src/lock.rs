@@ -5,7 +5,8 @@
 //!
 //! # The order of locks
 //! A push takes AGGREGATE and UNIQUE_KEY locks in one sorted order, then WRITER_START, then WRITER, and waits for nobody after
-//! that. A claim takes PROJECTION_ALL shared, then PROJECTION, then runs the barrier, then takes SLOT.
+//! that. A claim takes PROJECTION_ALL shared, then PROJECTION, then runs the barrier, then takes SLOT. Whatever locks a lease's
+//! row takes LEASE first; see `lease.rs`.
 //!
 //! # Which interleaving each step of the writer and of the reader prevents
 //! A writer: (1) reads the ticket sequence, (2) takes WRITER_START with that value, (3) takes WRITER, (4) draws its ticket,
@@ -41,6 +42,8 @@ enum Kind {
     Projection = 5,
     ProjectionAll = 6,
     Slot = 7,
+    Lease = 8,
+    LeaseWaiter = 9,
 }
 
 /// How many bits of field 4 are left beside the kind.
@@ -50,6 +53,8 @@ const START_BITS: u32 = 32 + KIND_SHIFT;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
+    /// Conflicts with Exclusive alone, as Shared does; tells apart who holds a lock shared for another purpose.
+    RowShare,
     Shared,
     Exclusive,
 }
@@ -57,6 +62,7 @@ pub enum Mode {
 impl Mode {
     fn as_pg(self) -> pg_sys::LOCKMODE {
         (match self {
+            Mode::RowShare => pg_sys::RowShareLock,
             Mode::Shared => pg_sys::ShareLock,
             Mode::Exclusive => pg_sys::ExclusiveLock,
         }) as pg_sys::LOCKMODE
@@ -148,6 +154,15 @@ impl Tag {
             field2: 0,
             field3: number,
         }
+    }
+
+    pub fn lease(name: &str) -> Self {
+        Tag::keyed(Kind::Lease, &[name.as_bytes()])
+    }
+
+    /// Held, while it sleeps, by a session that waits in lease_take: nobody waits for this lock, it only tells who is there.
+    pub fn lease_waiter(name: &str) -> Self {
+        Tag::keyed(Kind::LeaseWaiter, &[name.as_bytes()])
     }
 
     /// Waits, obeying lock_timeout, until the lock is this transaction's.
@@ -307,6 +322,8 @@ pub struct Locks {
     starts: HashMap<u32, Vec<Tag>>,
     /// Every WRITER_START and every PROJECTION lock, with who holds it.
     held: Vec<(Tag, Holder)>,
+    /// Every LEASE and LEASE_WAITER lock: with Shared or in another mode, and who holds it.
+    leases: Vec<(Tag, bool, Holder)>,
     /// What other transactions hold exclusively.
     exclusive_elsewhere: HashSet<Tag>,
     this_transaction_pushed: bool,
@@ -347,12 +364,17 @@ impl Locks {
                         field2: tag.locktag_field2,
                         field3: tag.locktag_field3,
                     };
-                    let exclusive = lock.holdMask & (1 << Mode::Exclusive.as_pg()) != 0;
+                    let holds = |mode: Mode| lock.holdMask & (1 << mode.as_pg()) != 0;
                     let holder = Holder {
                         pid: lock.pid,
                         transaction_id: prepared.get(&virtual_transaction(lock)).copied(),
                     };
-                    locks.add(tag, exclusive, lock.pid == pg_sys::MyProcPid, holder);
+                    if tag.is(Kind::Lease) || tag.is(Kind::LeaseWaiter) {
+                        locks.leases.push((tag, holds(Mode::Shared), holder));
+                        continue;
+                    }
+                    let own = lock.pid == pg_sys::MyProcPid;
+                    locks.add(tag, holds(Mode::Exclusive), own, holder);
                 }
             }
             if !(*data).locks.is_null() {
@@ -401,6 +423,41 @@ impl Locks {
     pub fn claims(&self) -> HashMap<Tag, Holder> {
         let claims = self.held.iter().filter(|(tag, _)| tag.is(Kind::Projection));
         claims.copied().collect()
+    }
+
+    /// Whether any session guards a lease or waits for one.
+    pub fn has_leases(&self) -> bool {
+        !self.leases.is_empty()
+    }
+
+    /// The transactions that guard the lease.
+    pub fn guards(&self, lease: &str) -> impl Iterator<Item = Holder> {
+        let tag = Tag::lease(lease);
+        self.leases
+            .iter()
+            .filter(move |(held, shared, _)| *held == tag && *shared)
+            .map(|(_, _, holder)| *holder)
+    }
+
+    /// Who sleeps in lease_take for the lease.
+    pub fn lease_waiters(&self, lease: &str) -> impl Iterator<Item = Holder> {
+        let tag = Tag::lease_waiter(lease);
+        self.leases
+            .iter()
+            .filter(move |(held, _, _)| *held == tag)
+            .map(|(_, _, holder)| *holder)
+    }
+
+    /// The backends other than this one that hold the lease's lock in any mode; 0 is a prepared transaction.
+    pub fn lease_holders_elsewhere(&self, lease: &str) -> Vec<i32> {
+        let tag = Tag::lease(lease);
+        // SAFETY: a plain backend-local variable.
+        let own = unsafe { pg_sys::MyProcPid };
+        self.leases
+            .iter()
+            .filter(|(held, _, holder)| *held == tag && holder.pid != own)
+            .map(|(_, _, holder)| holder.pid)
+            .collect()
     }
 
     /// Whether another transaction has claimed the projection for the tenant, or is changing its definition.

@@ -37,12 +37,18 @@ impl Spi {
 
     /// Runs a SELECT. Assigns no transaction id.
     pub fn read(&self, plan: &Plan, at: At, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan.get(args), Some(at), args)
+        self.execute(plan.get(args), Some(at), true, args)
     }
 
     /// Runs a statement that writes; in READ COMMITTED with a snapshot taken now.
     pub fn write(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan.get(args), None, args)
+        self.execute(plan.get(args), None, false, args)
+    }
+
+    /// Runs a statement that writes or locks rows, with a snapshot taken now, in REPEATABLE READ and SERIALIZABLE too: for rows
+    /// of which only the newest version means anything.
+    pub fn write_latest(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
+        self.execute(plan.get(args), Some(At::Latest), false, args)
     }
 
     /// A call of a function of one argument, for the life of this connection.
@@ -57,7 +63,7 @@ impl Spi {
 
     /// Calls the function with the rights of the current user; what it returns is dropped.
     pub fn call(&self, function: &Call, argument: Arg) {
-        self.execute(function.0, None, &[argument]);
+        self.execute(function.0, None, false, &[argument]);
         // SAFETY: frees the result of the call; those of a batch would pile up.
         unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
     }
@@ -72,8 +78,8 @@ impl Spi {
         }
     }
 
-    /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
-    fn execute(&self, plan: Prepared, at: Option<At>, args: &[Arg]) -> Rows<'_> {
+    /// `at`: the snapshot; None for the transaction's.
+    fn execute(&self, plan: Prepared, at: Option<At>, read_only: bool, args: &[Arg]) -> Rows<'_> {
         let mut values: Vec<pg_sys::Datum> = args
             .iter()
             .map(|arg| {
@@ -94,7 +100,7 @@ impl Spi {
                 nulls.as_ptr(),
                 at.map_or(std::ptr::null_mut(), At::take),
                 std::ptr::null_mut(),
-                at.is_some(),
+                read_only,
                 true,
                 0,
             );

@@ -1,10 +1,10 @@
 """The documentation is run: what a page shows is what the server prints, and nothing public is missing from it.
 
 How a page is read:
-- The blocks marked `sql` and `python` run in the order of the page, in one psql session and one fresh database.
+- The blocks marked `sql`, `python` and `js` run in the order of the page, in one psql session and one fresh database.
 - A block marked `text` directly after one is its output. Times, runs of spaces and the rules of tables are not compared.
 - An error is only accepted where it is shown. It is printed as by psql with VERBOSITY verbose, without the LOCATION line.
-- Python connects with libpq's environment variables. All other blocks (`text` elsewhere, `sh` but for one) are not looked at.
+- Python and Node connect with libpq's environment variables. All other blocks (`text` elsewhere, `sh` but for one) are not looked at.
 - Pages run on a server without the library preloaded, all but that of the workers.
 """
 
@@ -24,6 +24,8 @@ from sessions import push
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+NODE = Path(sys.executable).with_name("node")
+NODE_MODULES = Path(sys.executable).parents[1] / "node" / "node_modules"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 WORKER_PAGE = ROOT / "docs" / "worker.md"
 
@@ -49,16 +51,17 @@ class Block:
     def script(self, directory):
         if self.language == "sql":
             return self.body
-        file = directory / f"line_{self.line}.py"
+        file = directory / f"line_{self.line}.{self.language}"
         file.write_text(self.body)
-        return f"\\! {shlex.join([sys.executable, str(file)])} || echo 'ERROR: python ended with a failure'\n"
+        program = {"python": sys.executable, "js": str(NODE)}[self.language]
+        return f"\\! {shlex.join([program, str(file)])} || echo 'ERROR: {self.language} ended with a failure'\n"
 
 
 def blocks_of(path):
     page = path.read_text()
     matches = list(FENCE.finditer(page))
     blocks = [Block(page, match, following) for match, following in zip_longest(matches, matches[1:])]
-    return [block for block in blocks if block.language in ("sql", "python")]
+    return [block for block in blocks if block.language in ("sql", "python", "js")]
 
 
 def comparable(text):
@@ -104,6 +107,7 @@ def environment_of(db):
         "PGUSER": "postgres",
         "PGDATABASE": db.name,
         "PGTZ": "UTC",
+        "NODE_PATH": str(NODE_MODULES),
         "LC_ALL": "C.UTF-8",
     }
 
@@ -159,9 +163,11 @@ def test_the_shell_loop_applies_what_is_pushed(db):
 
 
 def test_the_pages_have_blocks_to_run():
-    for path in (README, ROOT / "docs" / "event_log.md", ROOT / "docs" / "projection.md"):
+    pages = {"README.md": set(), "docs/event_log.md": set(), "docs/projection.md": set(), "docs/lease.md": {"js"}}
+    for name, more in pages.items():
+        path = ROOT / name
         languages = {block.language for block in blocks_of(path)}
-        assert languages == {"sql", "python"}, path.name
+        assert languages == {"sql", "python"} | more, path.name
         assert any(block.output for block in blocks_of(path)), path.name
     assert any(block.output for block in blocks_of(WORKER_PAGE))
 
@@ -223,9 +229,9 @@ def test_everything_that_the_readme_lists_exists(db):
 
 def signature(row):
     name, arguments, result = row
-    text = f"{name}({arguments}) -> {result}"
-    text = re.sub(r"::[a-z]+(\[\])?(?=[,)])", "", text)
+    text = f"{name}({arguments})" + (f" -> {result}" if result else "")  # a procedure has none
     text = text.replace("timestamp with time zone", "timestamptz").replace("integer", "int")
+    text = re.sub(r"::[a-z]+(\[\])?(?=[,)])", "", text)
     return re.sub(r"\s+", " ", text.replace('"position"', "position"))
 
 

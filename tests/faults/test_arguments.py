@@ -6,7 +6,8 @@ from sessions import push, raises
 FUNCTIONS = """
     SELECT p.proname,
            array(SELECT format_type(t, NULL) FROM unnest(p.proargtypes) WITH ORDINALITY AS a (t, n) ORDER BY n),
-           p.proargnames[1:p.pronargs], p.proisstrict, p.prokind
+           p.proargnames[1:p.pronargs], p.proisstrict,
+           CASE WHEN p.prorettype = 'trigger'::regtype THEN 't' ELSE p.prokind END
     FROM pg_proc AS p
     JOIN pg_depend AS d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'
     JOIN pg_extension AS e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND e.extname = 'lockstep'
@@ -15,11 +16,11 @@ FUNCTIONS = """
 
 # An expression that is valid wherever the argument occurs, by name.
 VALID = {
+    "after": "0",
+    "after_sequence": "0",
     "aggregate_id": "'one'",
     "aggregate_type": "'order'",
     "aggregate_types": "ARRAY['order']",
-    "after": "0",
-    "after_sequence": "0",
     "barrier": "true",
     "batch_size": "10",
     "error": "'no'",
@@ -29,21 +30,28 @@ VALID = {
     "events": """'[{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}]'""",
     "expected_sequence": "2",
     "handler": "'public.handle(lockstep.events)'",
+    "holder": "'a'",
     "if_not_exists": "true",
+    "lock_delay": "'0'",
     "max_duration": "'1 minute'",
     "max_events": "1",
     "max_failures": "5",
     "max_position": "2",
     "max_rows": "10",
     "metadata": "'{}'",
+    "min_hold": "'0'",
     "name": "'p'",
     "names": "ARRAY['p']",
+    "older_than": "'1 day'",
     "owner": "current_user",
     "payload": "'{}'",
+    "reason": "'test'",
     "retry_after": "'1 second'",
     "start_after": "0",
     "tenant": "''",
     "timeout": "'1 millisecond'",
+    "token": "(SELECT last_value FROM lockstep.token)",
+    "ttl": "'1 minute'",
     "up_to": "2",
     "wait": "false",
 }
@@ -51,6 +59,8 @@ VALID = {
 # Where NULL has a meaning, as the reference says.
 MEANS_SOMETHING = {
     "aggregate_events": {"max_events"},
+    "lease_acquire": {"metadata"},
+    "lease_renew": {"ttl"},
     "projection_advance": {"up_to"},
     "projection_alter": {
         "aggregate_types",
@@ -74,10 +84,15 @@ CLAIM = "SELECT * FROM lockstep.projection_claim('p')"
 HANDLER = "SELECT lockstep.projection_alter('p', handler => 'public.handle(lockstep.events)', max_failures => 1);"
 DEAD_LETTER = f"{HANDLER} {CLAIM}; SELECT lockstep.projection_fail('p', 2, 'no')"
 
+LEASE = "SELECT lockstep.lease_acquire('p', 'a')"
+
 # What must be done before a call with valid arguments.
 BEFORE = {
     "failed_event_discard": DEAD_LETTER,
     "failed_event_retry": DEAD_LETTER,
+    "lease_guard": LEASE,
+    "lease_release": LEASE,
+    "lease_renew": LEASE,
     "projection_advance": CLAIM,
     "projection_fail": CLAIM,
     "projection_run": HANDLER,
@@ -255,6 +270,31 @@ BAD = [
     ("failed_event_discard('p', 1)", "event_position"),
     ("failed_event_discard('p', 'NaN')", "event_position"),
     ("projection_due(max_rows => 0)", "max_rows"),
+    ("lease_acquire('', 'a')", "name"),
+    (f"lease_acquire({LONG}, 'a')", "name"),
+    ("lease_acquire('l', '')", "holder"),
+    (f"lease_acquire('l', {LONG})", "holder"),
+    ("lease_acquire('l', 'a', ttl => '0')", "ttl"),
+    ("lease_acquire('l', 'a', ttl => '-1 second')", "ttl"),
+    ("lease_acquire('l', 'a', ttl => '1001 years')", "ttl"),
+    ("lease_acquire('l', 'a', ttl => '178000000 years')", "ttl"),
+    ("lease_acquire('l', 'a', min_hold => '-1 second')", "min_hold"),
+    ("lease_acquire('l', 'a', min_hold => '1001 years')", "min_hold"),
+    ("lease_acquire('l', 'a', lock_delay => '-1 month')", "lock_delay"),
+    ("lease_acquire('l', 'a', lock_delay => '1001 years')", "lock_delay"),
+    ("lease_renew('', 1)", "name"),
+    ("lease_renew('l', 1, ttl => '0')", "ttl"),
+    ("lease_renew('l', 1, ttl => '-1 second')", "ttl"),
+    ("lease_release('', 1)", "name"),
+    ("lease_guard('', 1)", "name"),
+    (f"lease_guard({LONG}, 1)", "name"),
+    ("lease_guard_at_commit('', 1)", "name"),
+    ("lease_steal('', 'a', '1 s', 'test')", "name"),
+    ("lease_steal('l', '', '1 s', 'test')", "holder"),
+    ("lease_steal('l', 'a', '0', 'test')", "ttl"),
+    ("lease_steal('l', 'a', '1 s', '')", "reason"),
+    ("lease_delete_expired('-1 second')", "older_than"),
+    ("lease_delete_expired('1001 years')", "older_than"),
     ("projection_due(ARRAY[''])", "names"),
 ]
 
@@ -274,6 +314,9 @@ def test_an_infinite_interval_is_no_duration(session):
             "projection_create('n', retry_after => %s)",
             "projection_run('p', max_duration => %s)",
             "projection_wait('p', 1, timeout => %s)",
+            "lease_acquire('l', 'a', ttl => %s)",
+            "lease_acquire('l', 'a', min_hold => %s)",
+            "lease_delete_expired(%s)",
         ):
             with raises("22023"):
                 session.execute(f"SELECT lockstep.{call}", (value,))
