@@ -8,6 +8,7 @@ pgrx::pg_module_magic!();
 mod argument;
 mod error;
 mod event_log;
+mod generation;
 mod guc;
 mod jsonb;
 mod lock;
@@ -21,10 +22,16 @@ mod subtransaction;
 mod wakeup;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
+extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
 extension_sql_file!(
     "../sql/projection.sql",
     name = "projection",
     requires = ["event_log"]
+);
+extension_sql_file!(
+    "../sql/generation.sql",
+    name = "generation",
+    requires = ["token"]
 );
 extension_sql_file!(
     "../sql/status.sql",
@@ -64,6 +71,23 @@ extension_sql_file!(
         projection::projection_resume,
         projection::failed_event_retry,
         projection::failed_event_discard,
+        "generation",
+        generation::resource_create,
+        generation::resource_delete,
+        generation::resource_purge,
+        generation::generation_increment,
+        generation::generation_set,
+        generation::generation_replicated,
+        generation::generation_current,
+        generation::replica_make_authoritative,
+        generation::replica_delete,
+        generation::replica_invalidate,
+        generation::replica_sync_begin,
+        generation::replica_sync_renew,
+        generation::replica_sync_finish,
+        generation::replicas_due,
+        generation::replica_sync_claim,
+        generation::registry_follow,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -82,6 +106,9 @@ mod event_log_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/failure.rs"]
 mod failure_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/generation.rs"]
+mod generation_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lock.rs"]
 mod lock_tests;

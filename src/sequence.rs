@@ -21,6 +21,15 @@ pub static TICKET: Sequence = Sequence {
     ),
 };
 
+/// What fences leases, syncs and jobs, and the incarnations of resources. Drawn under the lock of its object, so that it grows
+/// at every acquisition; what hands one out commits synchronously.
+pub static TOKEN: Sequence = Sequence {
+    name: c"token",
+    last_value: Plan::new(
+        "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM lockstep.token",
+    ),
+};
+
 impl Sequence {
     /// Draws the next number.
     pub fn next(&self) -> i64 {
