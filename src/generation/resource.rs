@@ -110,7 +110,8 @@ pub fn require_unchanged(spi: &Spi, key: Key) -> Result<(), Error> {
 pub fn create(key: Key, replicas: &[String]) -> Result<i64, Error> {
     static INSERT: Plan = Plan::new(
         "INSERT INTO lockstep.replicas (tenant, resource, replica, generation, synced_at)
-         SELECT DISTINCT $1, $2, n.replica, 0, pg_catalog.clock_timestamp() FROM unnest($3::text[]) AS n (replica)",
+         SELECT $1, $2, n.replica, 0, pg_catalog.clock_timestamp() FROM unnest($3::text[]) AS n (replica)
+         ON CONFLICT (tenant, resource, replica) DO NOTHING",
     );
     let spi = Spi::connect();
     let incarnation = create_empty(&spi, key)?;
