@@ -940,7 +940,14 @@ mod tests {
             1
         );
         let before: i64 = one("SELECT nextval('lockstep.token')");
+        registry();
+        let token = started("'r', 'c', 'w'");
+        let before = before.max(token);
         run("SELECT lockstep.after_data_loss()");
+        assert_eq!(
+            (finish("c", token), state("c")),
+            ("lost".into(), "syncing".into())
+        );
         assert_eq!(
             one::<i64>("SELECT nextval('lockstep.token')"),
             before + (1 << 32) + 1

@@ -51,7 +51,7 @@ COMMENT ON FUNCTION lockstep.aggregate_events(text, text, bigint, int, text) IS
 COMMENT ON FUNCTION lockstep.ticket_resync() IS
 'Sets the ticket sequence above the log and returns its value. Waits for the pushes in flight; pushes wait for it until its transaction ends.';
 COMMENT ON FUNCTION lockstep.after_data_loss() IS
-'Raises the ticket sequence and the token sequence by 2^32. For use once after a failover or point-in-time recovery that lost commits.';
+'Raises the ticket and every token by 2^32; tokens handed out before count no more. For use once after a failover or point-in-time recovery that lost commits.';
 
 COMMENT ON FUNCTION lockstep.projection_create(text, text[], text[], regprocedure, int, int, interval, numeric, boolean) IS
 'Creates a projection owned by the caller; false if it was there and if_not_exists is true. start_after NULL: after what each tenant has settled now. Raises 42710.';
@@ -95,8 +95,15 @@ COMMENT ON VIEW lockstep.writers IS
 COMMENT ON VIEW lockstep.projection_status IS
 'Each projection in each tenant: how far it is, how far behind (events that pass its filter among at most 10,000 after the cursor), what it is doing and for whom it waits, failures of the event being retried, events skipped, the last error.';
 
+COMMENT ON FUNCTION lockstep.workers() IS
+'This database''s workers, from shared memory. See the view lockstep.worker_status.';
+COMMENT ON FUNCTION lockstep.workers_are_on() IS
+'Whether workers run in this database: the library is preloaded and lockstep.databases names it.';
+COMMENT ON VIEW lockstep.worker_status IS
+'This database''s workers: role, what each is doing and for how long, its batches, events, events per second over the last 10 seconds, errors, and restarts after it ended without being told to. Counts are since the server''s start.';
+
 COMMENT ON SEQUENCE lockstep.token IS
-'Tokens of leases, syncs and jobs, and incarnations of resources. CACHE must stay 1.';
+'Tokens of leases, syncs and jobs, and incarnations. Shared by all, so that none is used twice. CACHE must stay 1.';
 
 COMMENT ON TABLE lockstep.resources IS
 'Resources of the generation registry, and tombstones of deleted ones. Changed by resource_create, generation_increment and their like.';

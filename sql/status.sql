@@ -27,11 +27,18 @@ WITH tenants AS MATERIALIZED (
 ), pairs AS MATERIALIZED (
     SELECT p.name AS projection, t.tenant, COALESCE(c.position, p.start_after) AS position, t.head,
            p.aggregate_types, p.event_types,
+           -- Why no worker runs it, where workers are on.
+           CASE WHEN p.handler IS NULL OR NOT lockstep.workers_are_on() THEN NULL
+                WHEN r.rolname IS NULL THEN 'refused_role_missing'
+                WHEN r.rolsuper THEN 'refused_superuser'
+                WHEN NOT r.rolcanlogin AND pg_catalog.current_setting('server_version_num')::int < 170000
+                    THEN 'refused_role_nologin' END AS refused,
            COALESCE(x.paused, p.paused) AS paused,
            COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false) AS backs_off,
            c.advanced_at
     FROM tenants AS t
     CROSS JOIN lockstep.projections AS p
+    LEFT JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner
     LEFT JOIN lockstep.projection_cursors AS c ON c.projection = p.name AND c.tenant = t.tenant
     LEFT JOIN lockstep.projection_pauses AS x ON x.projection = p.name AND x.tenant = t.tenant
 ), behind AS MATERIALIZED (
@@ -61,7 +68,7 @@ SELECT p.projection,
        CASE WHEN l.projection IS NOT NULL THEN 'running'
             WHEN p.paused THEN 'paused'
             WHEN p.backs_off THEN 'backoff'
-            ELSE 'idle' END AS state,
+            ELSE COALESCE(p.refused, 'idle') END AS state,
        l.pid AS claim_pid,
        l.waits_for_pid,
        pg_catalog.clock_timestamp() - a.xact_start AS waits_for_age,
@@ -74,3 +81,24 @@ LEFT JOIN behind AS b ON b.projection = p.projection AND b.tenant = p.tenant
 LEFT JOIN claims AS l ON l.projection = p.projection AND l.tenant = p.tenant
 LEFT JOIN failed AS f ON f.projection = p.projection AND f.tenant = p.tenant
 LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.waits_for_pid;
+
+CREATE VIEW lockstep.worker_status AS
+SELECT w.worker,
+       w.pid,
+       w.owner,
+       w.state,
+       w.projection,
+       w.tenant,
+       pg_catalog.clock_timestamp() - w.batch_started_at AS batch_age,
+       w.batches,
+       w.events,
+       w.events_per_second,
+       w.errors,
+       w.last_error,
+       w.last_error_at,
+       w.restarts,
+       w.started_at,
+       a.wait_event_type,
+       a.wait_event
+FROM lockstep.workers() AS w
+LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = w.pid;

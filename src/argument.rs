@@ -10,6 +10,8 @@ use crate::position::Position;
 /// The longest name in bytes: three of them and a number fit into one entry of a B-tree index (2704 bytes).
 pub const MAX_NAME_BYTES: usize = 800;
 
+const DAY: i128 = 24 * 60 * 60 * 1_000_000;
+
 /// The value of an argument for which NULL has no meaning.
 pub fn required<T>(argument: &'static str, value: Option<T>) -> Result<T, Error> {
     value.ok_or(Error::NullArgument(argument))
@@ -105,9 +107,30 @@ pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Err
     }
 }
 
+/// The longest span of time: sums with it stay within what a timestamptz holds.
+const MAX_SPAN_DAYS: i128 = 366 * 1000;
+
+/// A finite interval that is not negative, as elapsed time: a day is 24 hours and a month 30 days, in whatever time zone.
+pub fn span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
+    let value = not_negative(argument, required(argument, value)?)?;
+    i64::try_from(microseconds(&value))
+        .ok()
+        .filter(|microseconds| i128::from(*microseconds) <= MAX_SPAN_DAYS * DAY)
+        .map(Interval::from_micros)
+        .ok_or_else(|| Error::invalid(format!("{argument} must not be longer than 1000 years")))
+}
+
+/// A span above 0.
+pub fn positive_span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
+    let value = span(argument, value)?;
+    if value.micros() == 0 {
+        return Err(Error::invalid(format!("{argument} must be above 0")));
+    }
+    Ok(value)
+}
+
 /// The length of an interval as PostgreSQL compares it: months of 30 days of 24 hours.
 fn microseconds(value: &Interval) -> i128 {
-    const DAY: i128 = 24 * 60 * 60 * 1_000_000;
     (i128::from(value.months()) * 30 + i128::from(value.days())) * DAY + i128::from(value.micros())
 }
 

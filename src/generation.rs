@@ -36,6 +36,8 @@ use crate::snapshot;
 use crate::spi::{Columns, Spi, Table};
 use resource::Key;
 
+pub use sync::raise_tokens;
+
 fn key<'a>(resource: Option<&'a str>, tenant: Option<&'a str>) -> Result<Key<'a>, Error> {
     Ok(Key {
         tenant: argument::tenant(tenant)?,
@@ -46,12 +48,6 @@ fn key<'a>(resource: Option<&'a str>, tenant: Option<&'a str>) -> Result<Key<'a>
 fn names(argument: &'static str, value: Option<Vec<Option<String>>>) -> Result<Vec<String>, Error> {
     let value = argument::required(argument, value)?;
     Ok(argument::filter(argument, Some(value))?.unwrap_or_default())
-}
-
-fn ttl(value: Option<Interval>) -> Result<Interval, Error> {
-    let value = argument::required("ttl", value)?;
-    argument::duration("ttl", value)?;
-    Ok(value)
 }
 
 /// Creates a resource at generation 0 and returns its incarnation. The `replicas` hold generation 0 and are current.
@@ -274,7 +270,7 @@ fn replica_sync_begin(
             source: source
                 .map(|source| argument::name("source", Some(source)))
                 .transpose()?,
-            ttl: self::ttl(ttl)?,
+            ttl: argument::positive_span("ttl", ttl)?,
         };
         snapshot::require_read_write("replica_sync_begin")?;
         let begun = sync::begin(key, &request)?;
@@ -310,7 +306,7 @@ fn replica_sync_renew(
         let key = key(resource, tenant)?;
         let target = argument::name("target", target)?;
         let token = argument::required("token", token)?;
-        let ttl = self::ttl(ttl)?;
+        let ttl = argument::positive_span("ttl", ttl)?;
         snapshot::require_read_write("replica_sync_renew")?;
         sync::renew(key, target, token, ttl)
     };
@@ -400,7 +396,7 @@ fn replica_sync_claim(
     let run = || {
         let holder = argument::name("holder", holder)?;
         let max = max_replicas_argument(max_replicas)?;
-        let ttl = self::ttl(ttl)?;
+        let ttl = argument::positive_span("ttl", ttl)?;
         let tenant = argument::any_tenant(tenant)?;
         snapshot::require_read_write("replica_sync_claim")?;
         snapshot::require_read_committed("replica_sync_claim")?;

@@ -1,13 +1,44 @@
 //! The settings. Those of the extension begin with `lockstep.`; each can be set without the library being preloaded.
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, pg_sys};
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 pub static MAX_AGGREGATES_PER_PUSH: GucSetting<i32> = GucSetting::<i32>::new(1000);
 pub static CLAIM_SCAN_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(100_000);
 
 pub static MAX_PARALLEL_CLAIMS: GucSetting<i32> = GucSetting::<i32>::new(0);
 pub static POLL_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(100);
+
+static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+pub static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
+
+/// The names in lockstep.databases, each once.
+pub fn databases() -> Vec<String> {
+    let list = DATABASES.get();
+    let list = list.as_deref().unwrap_or(c"");
+    let mut names: Vec<String> = Vec::new();
+    // SAFETY: SplitGUCList cuts up a copy of the string; the list's cells point into that.
+    unsafe {
+        let mut parsed: *mut pg_sys::List = std::ptr::null_mut();
+        let copy = pg_sys::pstrdup(list.as_ptr());
+        if !pg_sys::SplitGUCList(copy, b',' as std::ffi::c_char, &mut parsed) {
+            pgrx::warning!(
+                "lockstep.databases is not a list of names: {}",
+                list.to_string_lossy()
+            );
+        }
+        for cell in 0..pg_sys::list_length(parsed) {
+            let name = CStr::from_ptr(pg_sys::list_nth(parsed, cell).cast());
+            let name = name.to_string_lossy().into_owned();
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        pg_sys::list_free(parsed);
+        pg_sys::pfree(copy.cast());
+    }
+    names
+}
 
 pub fn register() {
     // A superuser's setting: each of them is a place in the lock table, which all sessions share.
@@ -52,6 +83,45 @@ pub fn register() {
         GucContext::Userset,
         GucFlags::UNIT_MS,
     );
+    GucRegistry::define_string_guc(
+        c"lockstep.databases",
+        c"Lists the databases in which workers run the projections that have a handler.",
+        c"Names separated by commas. Takes effect only with lockstep in shared_preload_libraries.",
+        &DATABASES,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"lockstep.workers",
+        c"Limits the workers in each database of lockstep.databases.",
+        c"Each of them, one launcher a database and one supervisor count toward max_worker_processes. 0 means none.",
+        &WORKERS,
+        0,
+        crate::worker::MOST as i32,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+}
+
+/// As SET LOCAL.
+pub fn set_local(name: &CStr, value: &CStr) {
+    set(name, value, pg_sys::GucAction::GUC_ACTION_LOCAL);
+}
+
+fn set(name: &CStr, value: &CStr, action: pg_sys::GucAction::Type) {
+    // SAFETY: inside a transaction; names and values are PostgreSQL's own.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            action,
+            true,
+            0,
+            false,
+        );
+    }
 }
 
 /// Settings in force until dropped, as by a function's SET clause.
@@ -59,23 +129,12 @@ pub struct Settings(i32);
 
 impl Settings {
     pub fn set(settings: &[(&CStr, &CStr)]) -> Self {
-        // SAFETY: a nest level of settings, which drop ends; names and values are PostgreSQL's own.
-        unsafe {
-            let level = pg_sys::NewGUCNestLevel();
-            for (name, value) in settings {
-                pg_sys::set_config_option(
-                    name.as_ptr(),
-                    value.as_ptr(),
-                    pg_sys::GucContext::PGC_USERSET,
-                    pg_sys::GucSource::PGC_S_SESSION,
-                    pg_sys::GucAction::GUC_ACTION_SAVE,
-                    true,
-                    0,
-                    false,
-                );
-            }
-            Settings(level)
+        // SAFETY: a nest level of settings, which drop ends.
+        let level = unsafe { pg_sys::NewGUCNestLevel() };
+        for (name, value) in settings {
+            set(name, value, pg_sys::GucAction::GUC_ACTION_SAVE);
         }
+        Settings(level)
     }
 }
 

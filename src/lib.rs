@@ -6,6 +6,7 @@ use pgrx::prelude::*;
 pgrx::pg_module_magic!();
 
 mod argument;
+mod catalog;
 mod error;
 mod event_log;
 mod generation;
@@ -13,13 +14,17 @@ mod guc;
 mod jsonb;
 mod lock;
 mod position;
+mod process;
 mod projection;
+mod recovery;
 mod rights;
 mod sequence;
 mod snapshot;
 mod spi;
 mod subtransaction;
+mod transaction;
 mod wakeup;
+mod worker;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
 extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
@@ -40,6 +45,8 @@ extension_sql_file!(
         "projection",
         event_log::writer_locks,
         projection::projection_locks,
+        worker::workers,
+        worker::workers_are_on,
     ]
 );
 extension_sql_file!(
@@ -54,7 +61,7 @@ extension_sql_file!(
         event_log::read_events,
         event_log::aggregate_events,
         event_log::ticket_resync,
-        event_log::after_data_loss,
+        recovery::after_data_loss,
         projection::projection_create,
         projection::projection_alter,
         projection::projection_drop,
@@ -95,6 +102,10 @@ extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     guc::register();
+    if process::is_preloading() {
+        wakeup::preload();
+        worker::preload();
+    }
 }
 
 #[cfg(any(test, feature = "pg_test"))]

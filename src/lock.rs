@@ -435,7 +435,7 @@ pub fn tenant_key(tenant: &str) -> u32 {
 }
 
 /// PostgreSQL's `hash_bytes_extended` with seed 0, reached through its SQL function over `bytea`.
-fn hash(parts: &[&[u8]]) -> u64 {
+pub fn hash(parts: &[&[u8]]) -> u64 {
     let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len() + 4).sum());
     for part in parts {
         bytes.extend_from_slice(&(part.len() as u32).to_le_bytes());

@@ -20,6 +20,7 @@ mod run;
 
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
+use std::time::Duration;
 
 use crate::argument;
 use crate::error::{Error, OrRaise};
@@ -30,8 +31,35 @@ use crate::rights::{Procedure, Role};
 use crate::snapshot;
 use crate::spi::Events;
 use crate::subtransaction::Failure;
-use crate::wakeup;
+use crate::wakeup::{self, Event};
 use failure::Verdict;
+use run::Runner;
+
+pub use due::{for_workers, next_retries};
+pub use run::{Report, Status};
+
+/// A worker's batch, as the current user, who must own the projection. `careful`: one event, and what it defers is checked.
+pub fn run_for_worker(
+    projection: &str,
+    tenant: &str,
+    max_duration: Duration,
+    careful: bool,
+) -> Result<Report, Error> {
+    let request = claim::Request {
+        projection,
+        tenant,
+        max_events: careful.then_some(1),
+        max_position: None,
+        barrier: false,
+        wait: false,
+    };
+    let runner = if careful {
+        Runner::CarefulWorker
+    } else {
+        Runner::Worker
+    };
+    run::run(&request, Some(max_duration), runner)
+}
 
 /// Creates a projection, owned by the caller; true if it did, false if it was there and `if_not_exists` is true.
 ///
@@ -262,9 +290,9 @@ fn projection_run(
         let max_duration = max_duration
             .map(|value| argument::duration("max_duration", value))
             .transpose()?;
-        let report = run::run(&request, max_duration)?;
+        let report = run::run(&request, max_duration, Runner::Session)?;
         Ok::<_, Error>((
-            report.status,
+            report.status.as_str(),
             report.processed,
             report.skipped,
             report.position,
@@ -274,8 +302,8 @@ fn projection_run(
     TableIterator::once(run().or_raise())
 }
 
-/// Waits until the projection's cursor is at or above `up_to`: true; false when `timeout` is over before. Looks every
-/// `lockstep.poll_interval`. Raises 42704 if there is no such projection, 25000 in REPEATABLE READ and SERIALIZABLE and in a
+/// Waits until the projection's cursor is at or above `up_to`: true; false when `timeout` is over before. It looks when the
+/// cursor has moved; without the library preloaded, every `lockstep.poll_interval`. Raises 42704 if there is no such projection, 25000 in REPEATABLE READ and SERIALIZABLE and in a
 /// transaction that has pushed.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
@@ -293,7 +321,13 @@ fn projection_wait(
         snapshot::require_primary("projection_wait")?;
         snapshot::require_read_committed("projection_wait")?;
         settle::refuse_after_push("projection_wait()")?;
-        wakeup::wait_until(timeout, || Ok(cursor::read(name, tenant)?.cursor >= up_to))
+        let advanced = Event::Advanced {
+            projection: name,
+            tenant,
+        };
+        wakeup::wait_until(&advanced, timeout, || {
+            Ok(cursor::read(name, tenant)?.cursor >= up_to)
+        })
     };
     run().or_raise()
 }

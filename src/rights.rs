@@ -32,6 +32,11 @@ pub fn role_name(role: pg_sys::Oid) -> Option<String> {
     }
 }
 
+pub fn is_superuser(role: pg_sys::Oid) -> bool {
+    // SAFETY: a look-up in the system cache.
+    unsafe { pg_sys::superuser_arg(role) }
+}
+
 /// Whether the role may give something to another: as PostgreSQL asks of ALTER … OWNER TO.
 pub fn may_give_to(role: pg_sys::Oid, owner: pg_sys::Oid) -> bool {
     // SAFETY: look-ups in the system caches.
@@ -55,7 +60,7 @@ pub fn may_act_for(role: pg_sys::Oid, owner: &str) -> bool {
     // SAFETY: look-ups in the system caches.
     unsafe {
         let owner = pg_sys::get_role_oid(owner.as_ptr(), true);
-        pg_sys::superuser_arg(role)
+        is_superuser(role)
             || (owner != pg_sys::InvalidOid && pg_sys::has_privs_of_role(role, owner))
     }
 }

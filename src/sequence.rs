@@ -21,8 +21,8 @@ pub static TICKET: Sequence = Sequence {
     ),
 };
 
-/// What fences leases, syncs and jobs, and the incarnations of resources. Drawn under the lock of its object, so that it grows
-/// at every acquisition; what hands one out commits synchronously.
+/// Tokens of leases, syncs and jobs, and incarnations. Each is drawn under the lock of its object, so those of one object grow
+/// in the order in which they are handed out; that needs CACHE 1 as well.
 pub static TOKEN: Sequence = Sequence {
     name: c"token",
     last_value: Plan::new(

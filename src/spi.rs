@@ -62,6 +62,16 @@ impl Spi {
         unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
     }
 
+    /// Checks now what deferred constraints and triggers would check at COMMIT, as the current user.
+    pub fn check_constraints(&self) {
+        // SAFETY: a command without parameters, inside a connection.
+        let status =
+            unsafe { pg_sys::SPI_execute(c"SET CONSTRAINTS ALL IMMEDIATE".as_ptr(), false, 0) };
+        if status < 0 {
+            Error::Spi("SPI_execute").raise();
+        }
+    }
+
     /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
     fn execute(&self, plan: Prepared, at: Option<At>, args: &[Arg]) -> Rows<'_> {
         let mut values: Vec<pg_sys::Datum> = args

@@ -35,12 +35,8 @@ pub fn run<T>(body: impl FnOnce() -> T) -> Result<T, Failure> {
         let error = pg_sys::CopyErrorData();
         pg_sys::FlushErrorState();
         outer.roll_back();
-        let failure = Failure {
-            sqlstate: Some(unpack((*error).sqlerrcode)),
-            message: text((*error).message).unwrap_or_default(),
-            context: text((*error).context),
-        };
-        if failure.sqlstate.as_deref() == Some(QUERY_CANCELED) {
+        let failure = Failure::of(error);
+        if failure.is_cancel() {
             pg_sys::ReThrowError(error);
         }
         pg_sys::FreeErrorData(error);
@@ -48,8 +44,37 @@ pub fn run<T>(body: impl FnOnce() -> T) -> Result<T, Failure> {
     }
 }
 
-/// Not the event's fault, and not to be held up.
-const QUERY_CANCELED: &str = "57014";
+impl Failure {
+    /// # Safety
+    /// `error` is a copy of an error's data.
+    unsafe fn of(error: *const pg_sys::ErrorData) -> Self {
+        // SAFETY: its texts are null or NUL-terminated.
+        unsafe {
+            Failure {
+                sqlstate: Some(unpack((*error).sqlerrcode)),
+                message: text((*error).message).unwrap_or_default(),
+                context: text((*error).context),
+            }
+        }
+    }
+
+    /// # Safety
+    /// An error is on PostgreSQL's error stack, and the current memory context is not its own.
+    pub unsafe fn of_current_error() -> Self {
+        // SAFETY: the copy is freed after the texts are copied once more.
+        unsafe {
+            let error = pg_sys::CopyErrorData();
+            let failure = Failure::of(error);
+            pg_sys::FreeErrorData(error);
+            failure
+        }
+    }
+
+    /// A cancel is not the event's fault, and not to be held up.
+    pub fn is_cancel(&self) -> bool {
+        self.sqlstate.as_deref() == Some("57014")
+    }
+}
 
 /// What was current outside the subtransaction, and is again after it.
 #[derive(Clone, Copy)]

@@ -1,14 +1,137 @@
-//! Waiting for a state that another session brings about: a look, a sleep that ends early at an interrupt, a look.
+//! Waking sessions that wait for what another session commits.
+//!
+//! A transaction [`announce`]s what it is going to make true. When it has ended, who waits for that is woken, and looks. The
+//! moment matters: at a commit callback the rows are visible but the locks are still held, so a reader woken there would find
+//! its horizon below the new events, and sleep again for good. Announcements are therefore sent from the resource owner's
+//! callback *after* the locks are released. An aborted transaction sends them too: it may have been what held others up. What is
+//! announced is never the news itself, so a wake-up too many does no harm; one too few is made good by the poll.
+//!
+//! Nothing of this writes: NOTIFY takes a lock that serialises all commits of the server. All of it needs shared memory, so the
+//! library preloaded. Without, announcements do nothing and who waits looks every `lockstep.poll_interval`.
+//!
+//! [`seat`]: sessions that each wait for one thing. [`mailbox`]: what the launcher of a database's workers has to look at.
 
-use pgrx::pg_sys;
+pub mod mailbox;
+mod seat;
+
+use pgrx::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::guc;
+use crate::lock;
+use crate::process::{self, WaitEvent};
+use mailbox::Mail;
+use seat::Seat;
 
-/// Looks every lockstep.poll_interval until `state` is there or the time is over; whether it is there. Obeys cancel and
-/// statement_timeout. Shows as a wait for `Extension`.
-pub fn wait_until<E>(timeout: Duration, state: impl Fn() -> Result<bool, E>) -> Result<bool, E> {
+/// What a session can wait for.
+pub enum Event<'a> {
+    /// The cursor of the projection in the tenant has moved.
+    Advanced {
+        projection: &'a str,
+        tenant: &'a str,
+    },
+}
+
+impl Event<'_> {
+    /// What the seats are told apart by. Two events that collide wake each other's waiters for nothing.
+    fn key(&self) -> u64 {
+        let database = process::database().to_u32().to_le_bytes();
+        match self {
+            Event::Advanced { projection, tenant } => lock::hash(&[
+                b"advanced",
+                &database,
+                projection.as_bytes(),
+                tenant.as_bytes(),
+            ]),
+        }
+    }
+}
+
+/// Who is to be told.
+#[derive(PartialEq, Eq, Hash)]
+enum Address {
+    Launcher(Mail),
+    Seats(u64),
+}
+
+thread_local! {
+    /// What the running transaction has announced.
+    static ANNOUNCED: RefCell<HashSet<Address>> = RefCell::new(HashSet::new());
+    /// Whether the ends of this backend's transactions are followed already.
+    static FOLLOWING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Called by the postmaster, which all processes come from.
+pub fn preload() {
+    seat::preload();
+    mailbox::preload();
+}
+
+/// Wakes who waits for the event, when this transaction has ended and released its locks.
+pub fn announce(event: &Event) {
+    announce_to(|| Address::Seats(event.key()));
+}
+
+/// Has the workers look at the tenant, when this transaction, which pushes to it, has ended.
+pub fn announce_push(tenant: &str) {
+    announce_to(|| Address::Launcher(Mail::Tenant(tenant.to_owned())));
+}
+
+/// Has the workers look at everything, when this transaction has ended: a projection was created, changed, resumed, reset, or
+/// given to another role.
+pub fn announce_projection_change() {
+    announce_to(|| Address::Launcher(Mail::ProjectionChanged));
+}
+
+fn announce_to(address: impl FnOnce() -> Address) {
+    if !mailbox::is_there() {
+        return;
+    }
+    if !FOLLOWING.replace(true) {
+        // SAFETY: the callback stays for the backend's life.
+        unsafe {
+            pg_sys::RegisterResourceReleaseCallback(Some(after_release), std::ptr::null_mut());
+        }
+    }
+    let address = address();
+    ANNOUNCED.with_borrow_mut(|announced| announced.insert(address));
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn after_release(
+    phase: pg_sys::ResourceReleasePhase::Type,
+    _is_commit: bool,
+    is_top_level: bool,
+    _argument: *mut std::ffi::c_void,
+) {
+    if is_top_level && phase == pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
+        for address in ANNOUNCED.take() {
+            match address {
+                Address::Launcher(mail) => mailbox::post(&mail),
+                Address::Seats(key) => seat::wake(key),
+            }
+        }
+    }
+}
+
+/// How much less often somebody looks who will be woken.
+const POLLS_SAVED: u32 = 10;
+
+/// Waits until `state` is there or the time is over; whether it is there. It looks whenever the event is announced, and every
+/// lockstep.poll_interval (ten times that with the library preloaded). Obeys cancel and statement_timeout. Shows as a wait for
+/// `LockstepWait`, before PostgreSQL 17 for `Extension`.
+pub fn wait_until<E>(
+    event: &Event,
+    timeout: Duration,
+    mut state: impl FnMut() -> Result<bool, E>,
+) -> Result<bool, E> {
     let begun = Instant::now();
+    // Taken before the first look: what is announced between a look and the sleep sets the latch.
+    let seat = Seat::take(event.key());
+    let interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
+    let interval = interval * if seat.is_some() { POLLS_SAVED } else { 1 };
     loop {
         if state()? {
             return Ok(true);
@@ -17,21 +140,6 @@ pub fn wait_until<E>(timeout: Duration, state: impl Fn() -> Result<bool, E>) -> 
         if left.is_zero() {
             return Ok(false);
         }
-        sleep(left.min(Duration::from_millis(guc::POLL_INTERVAL.get() as u64)));
+        process::sleep(Some(left.min(interval)), WaitEvent(c"LockstepWait"));
     }
-}
-
-fn sleep(time: Duration) {
-    let milliseconds = time.as_millis().max(1) as i64;
-    // SAFETY: the backend's own latch; a postmaster that dies ends the process.
-    unsafe {
-        pg_sys::WaitLatch(
-            pg_sys::MyLatch,
-            (pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH) as i32,
-            milliseconds,
-            pg_sys::PG_WAIT_EXTENSION,
-        );
-        pg_sys::ResetLatch(pg_sys::MyLatch);
-    }
-    pgrx::check_for_interrupts!();
 }

@@ -31,6 +31,7 @@ use crate::position::Position;
 use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
+use crate::wakeup;
 
 pub struct Pushed {
     pub position: Position,
@@ -283,6 +284,7 @@ fn lock_writer(tenant: &str) -> i64 {
     if !writer.is_held(Mode::Shared) {
         Tag::writer_start(tenant, start).acquire(Mode::Shared);
         writer.acquire(Mode::Shared);
+        wakeup::announce_push(tenant);
     }
     start
 }

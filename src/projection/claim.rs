@@ -46,7 +46,7 @@ pub fn claim(request: &Request) -> Result<Events, Error> {
         return Ok(request.refused(Outcome::Busy));
     }
     let projection = cursor::read(request.projection, request.tenant)?;
-    if projection.paused || projection.backs_off {
+    if projection.paused || projection.retry_in.is_some() {
         unlock(request);
         return Ok(request.refused(if projection.paused {
             Outcome::Paused

@@ -1,22 +1,25 @@
 //! The cursor of a projection in a tenant. Its row is written only under the PROJECTION lock, so never by two at a time.
 
 use pgrx::datum::Interval;
+use std::time::Duration;
 
 use crate::error::Error;
 use crate::event_log::Filter;
 use crate::position::Position;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
+use crate::wakeup::{self, Event};
 
 /// A projection as a claim needs it, with its cursor in one tenant.
 pub struct Projection {
+    pub owner: String,
     pub filter: Filter,
     pub batch_size: i32,
     pub handler: Option<String>,
     pub cursor: Position,
     pub paused: bool,
-    /// An event failed, and the time to retry it has not come.
-    pub backs_off: bool,
+    /// An event failed, and this is left of the time until it may be retried.
+    pub retry_in: Option<Duration>,
 }
 
 /// Reads it with a snapshot taken now.
@@ -26,7 +29,8 @@ pub fn read(projection: &str, tenant: &str) -> Result<Projection, Error> {
                 COALESCE(c.position, p.start_after),
                 COALESCE((SELECT t.paused FROM lockstep.projection_pauses AS t
                           WHERE t.projection = p.name AND t.tenant = $2), p.paused),
-                COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false)
+                GREATEST(EXTRACT(epoch FROM c.retry_at - pg_catalog.clock_timestamp()), 0)::float8,
+                p.owner
          FROM lockstep.projections AS p
          LEFT JOIN LATERAL (SELECT * FROM lockstep.projection_cursors AS c
                             WHERE c.projection = p.name AND c.tenant = $2 OFFSET 0) AS c ON true
@@ -50,7 +54,11 @@ pub fn read(projection: &str, tenant: &str) -> Result<Projection, Error> {
         handler: rows.get(0, 4),
         cursor: rows.get(0, 5).unwrap_or(Position::ZERO),
         paused: rows.get(0, 6).unwrap_or(false),
-        backs_off: rows.get(0, 7).unwrap_or(false),
+        retry_in: rows
+            .get(0, 7)
+            .filter(|seconds| *seconds > 0.0)
+            .map(Duration::from_secs_f64),
+        owner: rows.get(0, 8).unwrap_or_default(),
     })
 }
 
@@ -87,6 +95,7 @@ pub fn advance(projection: &str, tenant: &str, position: Position) -> bool {
     if rows.get(0, 1).unwrap_or(false) {
         spi.write(&SUCCEEDED, &args());
     }
+    wakeup::announce(&Event::Advanced { projection, tenant });
     true
 }
 

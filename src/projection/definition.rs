@@ -17,6 +17,7 @@ use crate::position::Position;
 use crate::rights::{self, Procedure, Role};
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, EventTypes, Plan, Spi};
+use crate::wakeup;
 
 pub struct NewProjection<'a> {
     pub name: &'a str,
@@ -114,6 +115,7 @@ fn insert(new: &NewProjection, owner: &str) -> bool {
         if new.start_after.is_none() {
             start_at_horizons(&spi, new.name);
         }
+        wakeup::announce_projection_change();
     }
     created
 }
@@ -195,6 +197,7 @@ fn exclusively(function: &'static str, name: &str, body: impl FnOnce()) -> Resul
     // Dropped, or given to another role, while this waited.
     require_owner(name)?;
     rights::as_extension_owner(body);
+    wakeup::announce_projection_change();
     held::forget(name, None);
     Ok(())
 }
@@ -223,6 +226,7 @@ pub fn reset(name: &str, tenant: &str, up_to: Position) -> Result<(), Error> {
         cursor::reset(name, tenant, up_to);
         Ok(())
     })?;
+    wakeup::announce_projection_change();
     held::forget(name, Some(tenant));
     Ok(())
 }
@@ -256,6 +260,7 @@ pub fn set_paused(
             }
         }
     });
+    wakeup::announce_projection_change();
     Ok(())
 }
 
@@ -272,6 +277,7 @@ pub fn set_owner(name: &str, owner: Role) -> Result<(), Error> {
     }
     let args = [Arg::from(name), Arg::from(new_owner), Arg::from(old_owner)];
     if rights::as_extension_owner(|| Spi::connect().write(&UPDATE, &args).count()) == 1 {
+        wakeup::announce_projection_change();
         return Ok(());
     }
     require_owner(name)?;

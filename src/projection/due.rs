@@ -1,36 +1,50 @@
 //! Which projections have work, for a worker to choose from, and which are being worked on.
 
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::pg_sys;
+use std::time::Duration;
+
 use crate::error::Error;
 use crate::event_log::settle::Horizons;
-use crate::event_log::tenants;
+use crate::event_log::{self, tenants};
 use crate::lock::{Holder, Locks, Tag};
 use crate::position::Position;
+use crate::process;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 
-/// (projection, tenant) pairs with settled events after the cursor, the longest waiting first.
-pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
-    // The tenant's head first, one descent a tenant, so that only the pairs that are behind are looked into.
-    static BEHIND: Plan = Plan::joining(
-        "SELECT p.name, t.tenant, next.created_at
-         FROM (SELECT t.tenant, t.horizon,
+/// The pairs that are behind. The tenant's head first, one descent a tenant, so that only those are looked into.
+macro_rules! behind {
+    ($columns:literal, $role:literal, $condition:literal) => {
+        concat!(
+            "SELECT p.name, t.tenant, next.created_at",
+            $columns,
+            " FROM (SELECT t.tenant, t.horizon,
                       (SELECT e.position FROM lockstep.events AS e
                        WHERE e.tenant = t.tenant AND e.position <= t.horizon
                        ORDER BY e.position DESC LIMIT 1) AS head
                FROM unnest($1::text[], $2::numeric[]) AS t (tenant, horizon) OFFSET 0) AS t
-         CROSS JOIN lockstep.projections AS p
-         LEFT JOIN lockstep.projection_cursors AS c ON c.projection = p.name AND c.tenant = t.tenant
+         CROSS JOIN lockstep.projections AS p ",
+            $role,
+            " LEFT JOIN lockstep.projection_cursors AS c ON c.projection = p.name AND c.tenant = t.tenant
          CROSS JOIN LATERAL (SELECT e.position, e.created_at FROM lockstep.events AS e
                              WHERE e.tenant = t.tenant
                                AND e.position > COALESCE(c.position, p.start_after)
                                AND e.position <= t.horizon
                              ORDER BY e.position LIMIT 1) AS next
          LEFT JOIN lockstep.projection_pauses AS x ON x.projection = p.name AND x.tenant = t.tenant
-         WHERE ($3::text[] IS NULL OR p.name = ANY ($3)) AND COALESCE(c.position, p.start_after) < t.head
-           AND NOT COALESCE(x.paused, p.paused)
-           AND NOT COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false)
-         ORDER BY next.created_at, next.position, p.name",
-    );
+         WHERE COALESCE(c.position, p.start_after) < t.head AND NOT COALESCE(x.paused, p.paused)
+           AND NOT COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false) AND ",
+            $condition,
+            " ORDER BY next.created_at, next.position, p.name"
+        )
+    };
+}
+
+/// (projection, tenant) pairs with settled events after the cursor, the longest waiting first.
+pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
+    static BEHIND: Plan =
+        Plan::joining(behind!("", "", "($3::text[] IS NULL OR p.name = ANY ($3))"));
     snapshot::require_primary("projection_due")?;
     let spi = Spi::connect();
     if let Some(names) = &names {
@@ -46,6 +60,73 @@ pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, S
         .filter(|(name, tenant)| !horizons.locks().is_claimed_elsewhere(name, tenant))
         .take(max_rows)
         .collect())
+}
+
+/// A pair that is due, as the launcher of the workers needs it.
+pub struct Due {
+    pub projection: String,
+    pub tenant: String,
+    /// The role that a worker must be connected as.
+    pub owner: pg_sys::Oid,
+    /// When its oldest event was pushed, in PostgreSQL's microseconds.
+    pub since: i64,
+    /// Another transaction has the claim now.
+    pub is_claimed: bool,
+}
+
+/// The pairs that are due, of these tenants (None: of all), for workers to run: with a handler, and of an owner who is there
+/// and no superuser. And whether a prepared transaction has pushed: nothing tells when that ends.
+pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
+    macro_rules! behind_with_handler {
+        () => {
+            behind!(
+                ", r.oid",
+                "JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner AND NOT r.rolsuper AND (r.rolcanlogin OR $3)",
+                "p.handler IS NOT NULL"
+            )
+        };
+    }
+    static ALL: Plan = Plan::joining(behind_with_handler!());
+    static FEW: Plan = Plan::new(behind_with_handler!());
+    let spi = Spi::connect();
+    let plan = if tenants.is_some() { &FEW } else { &ALL };
+    let horizons = Horizons::now();
+    let tenants = tenants.unwrap_or_else(|| event_log::tenants(&spi));
+    let bounds: Vec<Position> = tenants.iter().map(|tenant| horizons.of(tenant)).collect();
+    let args = [
+        Arg::from(tenants),
+        Arg::from(bounds),
+        Arg::from(process::CONNECTS_AS_ANY_ROLE),
+    ];
+    let rows = spi.read(plan, At::Latest, &args);
+    let due = |row| {
+        let (projection, tenant): (String, String) = (rows.get(row, 1)?, rows.get(row, 2)?);
+        Some(Due {
+            is_claimed: horizons.locks().is_claimed_elsewhere(&projection, &tenant),
+            since: rows.get::<TimestampWithTimeZone>(row, 3)?.into(),
+            owner: rows.get(row, 4)?,
+            projection,
+            tenant,
+        })
+    };
+    let is_prepared = horizons.writers().any(|(_, _, holder)| holder.pid == 0);
+    ((0..rows.count()).filter_map(due).collect(), is_prepared)
+}
+
+/// The pairs whose failed event waits to be retried, and for how long.
+pub fn next_retries() -> Vec<(String, String, Duration)> {
+    static RETRIES: Plan = Plan::joining(
+        "SELECT c.projection, c.tenant,
+                GREATEST(EXTRACT(epoch FROM c.retry_at - pg_catalog.clock_timestamp()), 0)::float8
+         FROM lockstep.projection_cursors AS c WHERE c.retry_at IS NOT NULL",
+    );
+    let spi = Spi::connect();
+    let rows = spi.read(&RETRIES, At::Latest, &[]);
+    let retry = |row| {
+        let wait = Duration::from_secs_f64(rows.get(row, 3)?);
+        Some((rows.get(row, 1)?, rows.get(row, 2)?, wait))
+    };
+    (0..rows.count()).filter_map(retry).collect()
 }
 
 fn require_known(spi: &Spi, names: &[String]) -> Result<(), Error> {

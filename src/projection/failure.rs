@@ -51,7 +51,21 @@ pub fn fail(
         )));
     }
     let counted = count(projection, tenant, position, failure)?;
-    if counted.failures >= counted.max_failures {
+    let is_last = counted.failures >= counted.max_failures;
+    if counted.failures == 1 || is_last {
+        let what = if is_last {
+            "is skipped"
+        } else {
+            "is to be retried"
+        };
+        pgrx::log!(
+            "projection \"{projection}\", tenant \"{tenant}\": event at position {position} failed {} of {} times and {what}: {}",
+            counted.failures,
+            counted.max_failures,
+            failure.message
+        );
+    }
+    if is_last {
         skip(projection, tenant, position);
         cursor::advance(projection, tenant, position);
         return Ok(Verdict::Skip);

@@ -22,16 +22,62 @@ use crate::subtransaction::{self, Failure};
 /// How many subtransactions one run keeps at the most.
 const MAX_KEPT: usize = 60;
 
-/// A row of projection_run.
+/// How a run went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Ok,
+    Busy,
+    Paused,
+    Backoff,
+    /// An event failed and is to be retried.
+    Failed,
+    HandlerGone,
+    /// The projection is another role's.
+    NotOwner,
+}
+
+impl Status {
+    /// The word that projection_run returns.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Busy => "busy",
+            Status::Paused => "paused",
+            Status::Backoff => "backoff",
+            Status::Failed | Status::HandlerGone | Status::NotOwner => "failed",
+        }
+    }
+}
+
 pub struct Report {
-    pub status: &'static str,
+    pub status: Status,
     pub processed: i64,
     pub skipped: i64,
     pub position: Position,
     pub more: bool,
+    /// When the failed event may be retried.
+    pub retry_in: Option<Duration>,
+    /// Of the last event that failed.
+    pub error: Option<String>,
 }
 
-pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, Error> {
+/// Who runs it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Runner {
+    /// A session whose user may call the function.
+    Session,
+    /// A worker, which acts for the projection's owner and for no other.
+    Worker,
+    /// A worker whose batch failed at its COMMIT: it runs one event, and what that defers is checked before the event counts as
+    /// applied. Nothing else is in the transaction, so no constraint of another's is checked too early.
+    CarefulWorker,
+}
+
+pub fn run(
+    request: &Request,
+    max_duration: Option<Duration>,
+    runner: Runner,
+) -> Result<Report, Error> {
     let deadline = max_duration.and_then(|duration| Instant::now().checked_add(duration));
     let (projection, tenant) = (request.projection, request.tenant);
     let nested = held::is_running(projection, tenant);
@@ -43,29 +89,44 @@ pub fn run(request: &Request, max_duration: Option<Duration>) -> Result<Report, 
         skipped: 0,
         position: definition.cursor,
         more,
+        retry_in: definition.retry_in,
+        error: None,
     };
+    // Under the claim's lock: the handler is the owner's of now.
+    if runner != Runner::Session
+        && rights::role_name(rights::caller()).as_ref() != Some(&definition.owner)
+    {
+        return Ok(nothing(Status::NotOwner, false));
+    }
     if definition.handler.is_none() {
         return Err(Error::NoHandler(projection.to_owned()));
     }
     let more = match held::last_claim(projection, tenant) {
-        _ if nested => return Ok(nothing("busy", false)),
+        _ if nested => return Ok(nothing(Status::Busy, false)),
         Some(claim) if matches!(claim.outcome, Outcome::Claimed { .. }) => claim.more,
         Some(claim) if matches!(claim.outcome, Outcome::None { .. }) => {
-            return Ok(nothing("ok", claim.more));
+            return Ok(nothing(Status::Ok, claim.more));
         }
-        Some(claim) => return Ok(nothing(claim.outcome.status(), false)),
-        None => return Ok(nothing("busy", false)),
+        Some(claim) if claim.outcome == Outcome::Paused => {
+            return Ok(nothing(Status::Paused, false));
+        }
+        Some(claim) if claim.outcome == Outcome::Backoff => {
+            return Ok(nothing(Status::Backoff, false));
+        }
+        _ => return Ok(nothing(Status::Busy, false)),
     };
     let Some(handler) = Handler::of(projection, &definition)? else {
-        return Ok(nothing("failed", true));
+        return Ok(nothing(Status::HandlerGone, true));
     };
     let run = Run {
         request,
         handler: &handler,
         events: &events,
         deadline,
+        checks_constraints: runner == Runner::CarefulWorker,
         kept: 0,
         skipped: 0,
+        error: None,
     };
     held::while_running(projection, tenant, || run.all(more))
 }
@@ -97,7 +158,7 @@ impl Handler {
 
     /// Applies the events in a subtransaction, all or none.
     pub fn apply(&self, events: &Events, rows: Range<usize>) -> Result<(), Failure> {
-        self.apply_until(events, rows, None)
+        self.apply_until(events, rows, None, false)
             .map(|_| ())
             .map_err(|failed| failed.failure)
     }
@@ -109,28 +170,34 @@ impl Handler {
         events: &Events,
         rows: Range<usize>,
         deadline: Option<Instant>,
+        checks_constraints: bool,
     ) -> Result<usize, Failed> {
         let reached = std::cell::Cell::new(rows.start);
         let applied = subtransaction::run(|| {
             settle::without_waiting(|| {
                 let spi = Spi::connect();
                 let types = EventTypes::look_up();
+                let mut end = rows.end;
                 if self.takes_array {
                     let call = spi.prepare_call(self.function, types.array);
                     spi.call(&call, events.array(rows.clone()));
-                    return rows.end;
-                }
-                let call = spi.prepare_call(self.function, types.row);
-                for row in rows.clone() {
-                    reached.set(row);
-                    if let Some(event) = events.event(row) {
-                        spi.call(&call, event);
+                } else {
+                    let call = spi.prepare_call(self.function, types.row);
+                    for row in rows.clone() {
+                        reached.set(row);
+                        if let Some(event) = events.event(row) {
+                            spi.call(&call, event);
+                        }
+                        if is_over(deadline) {
+                            end = row + 1;
+                            break;
+                        }
                     }
-                    if is_over(deadline) {
-                        return row + 1;
-                    }
                 }
-                rows.end
+                if checks_constraints {
+                    spi.check_constraints();
+                }
+                end
             })
         });
         applied.map_err(|failure| Failed {
@@ -155,8 +222,10 @@ struct Run<'a> {
     handler: &'a Handler,
     events: &'a Events,
     deadline: Option<Instant>,
+    checks_constraints: bool,
     kept: usize,
     skipped: usize,
+    error: Option<String>,
 }
 
 /// Where an attempt ended.
@@ -170,7 +239,7 @@ enum Step {
 impl Run<'_> {
     fn all(mut self, more: bool) -> Result<Report, Error> {
         let count = self.events.count();
-        let (mut next, mut status) = (0, "ok");
+        let (mut next, mut status) = (0, Status::Ok);
         while next < count && !self.must_stop() {
             match self.apply(next..count) {
                 Step::Reached(reached) => {
@@ -178,8 +247,10 @@ impl Run<'_> {
                 }
                 Step::Failed(at, failure) => {
                     next = at;
-                    if self.record(at, &failure)? == Verdict::Retry {
-                        status = "failed";
+                    let verdict = self.record(at, &failure)?;
+                    self.error = Some(failure.message);
+                    if verdict == Verdict::Retry {
+                        status = Status::Failed;
                         break;
                     }
                     self.skipped += 1;
@@ -191,12 +262,15 @@ impl Run<'_> {
         let reached = next
             .checked_sub(1)
             .and_then(|row| self.events.position(row));
-        let position = rights::as_extension_owner(|| match reached {
-            Some(position) if status == "ok" => {
+        let (position, retry_in) = rights::as_extension_owner(|| match reached {
+            Some(position) if status == Status::Ok => {
                 cursor::advance(projection, tenant, position);
-                Ok(position)
+                Ok((position, None))
             }
-            _ => Ok(cursor::read(projection, tenant)?.cursor),
+            _ => {
+                let projection = cursor::read(projection, tenant)?;
+                Ok((projection.cursor, projection.retry_in))
+            }
         })?;
         Ok(Report {
             status,
@@ -204,6 +278,8 @@ impl Run<'_> {
             skipped: self.skipped as i64,
             position,
             more: more || next < count,
+            retry_in,
+            error: self.error,
         })
     }
 
@@ -216,10 +292,13 @@ impl Run<'_> {
         if self.must_stop() {
             return Step::Reached(rows.start);
         }
-        let failed = match self
-            .handler
-            .apply_until(self.events, rows.clone(), self.deadline)
-        {
+        let applied = self.handler.apply_until(
+            self.events,
+            rows.clone(),
+            self.deadline,
+            self.checks_constraints,
+        );
+        let failed = match applied {
             Ok(reached) => {
                 self.kept += 1;
                 return Step::Reached(reached);

@@ -1,0 +1,41 @@
+//! Look-ups in PostgreSQL's catalogs without SQL, inside a transaction.
+
+use pgrx::pg_sys;
+use std::ffi::CStr;
+
+/// Whether this database has the extension.
+pub fn has_extension() -> bool {
+    // SAFETY: a look-up in a catalog.
+    unsafe { pg_sys::get_extension_oid(c"lockstep".as_ptr(), true) != pg_sys::InvalidOid }
+}
+
+/// The names of all databases. A scan without an index: a process that is connected to no database may have none to use.
+pub fn databases() -> Vec<String> {
+    let mut names = Vec::new();
+    // SAFETY: opens and closes the relation and the scan; GETSTRUCT of a pg_database tuple is a FormData_pg_database.
+    unsafe {
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, lock);
+        let null = std::ptr::null_mut;
+        let scan = pg_sys::systable_beginscan(
+            relation,
+            pg_sys::InvalidOid,
+            false,
+            null(),
+            0,
+            std::ptr::null_mut(),
+        );
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let database = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
+            let name = CStr::from_ptr((*database).datname.data.as_ptr());
+            names.push(name.to_string_lossy().into_owned());
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::table_close(relation, lock);
+    }
+    names
+}
