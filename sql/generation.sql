@@ -35,9 +35,7 @@ CREATE TABLE lockstep.replicas (
     retry_at timestamptz,
     missing_at_source boolean NOT NULL DEFAULT false,
     last_error text,
-    CONSTRAINT replicas_pkey PRIMARY KEY (tenant, resource, replica),
-    CONSTRAINT replicas_sync_check CHECK ((sync_token IS NULL) = (sync_expires_at IS NULL)
-                                          AND (sync_token IS NULL) = (sync_generation IS NULL))
+    CONSTRAINT replicas_pkey PRIMARY KEY (tenant, resource, replica)
 ) WITH (fillfactor = 70);
 
 -- What wants a sync, and no more: a look at it costs the same in any registry.

@@ -33,7 +33,7 @@ use pgrx::prelude::*;
 use crate::argument;
 use crate::error::{Error, OrRaise};
 use crate::snapshot;
-use crate::spi::{Columns, Spi, Table};
+use crate::spi::{Columns, Table};
 use resource::Key;
 
 pub use sync::raise_tokens;
@@ -371,7 +371,7 @@ fn replicas_due(
                 due.name.tenant.into_datum(),
             ]
         };
-        let picked = due::pick(&Spi::connect(), max, tenant);
+        let picked = due::due(max, tenant);
         Ok::<_, Error>(picked.into_iter().map(row).collect())
     };
     Table::new(run().or_raise())
@@ -410,9 +410,7 @@ fn replica_sync_claim(
                 claimed.name.tenant.into_datum(),
             ]
         };
-        let spi = Spi::connect();
-        let picked = due::pick(&spi, max, tenant);
-        let claimed = due::claim(&spi, &picked, holder, ttl);
+        let claimed = due::claim(max, tenant, holder, ttl);
         Ok::<_, Error>(claimed.into_iter().map(row).collect())
     };
     Table::new(run().or_raise())

@@ -33,7 +33,18 @@ pub struct Claimed {
 
 /// Picks up to `max` replicas, the longest due first; `tenant` None: of any tenant, each getting an equal share as long as it
 /// has so many.
-pub fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
+pub fn due(max: usize, tenant: Option<&str>) -> Vec<Due> {
+    pick(&Spi::connect(), max, tenant)
+}
+
+/// Picks and claims, as `sync::begin` without a source does.
+pub fn claim(max: usize, tenant: Option<&str>, holder: &str, ttl: Interval) -> Vec<Claimed> {
+    let spi = Spi::connect();
+    let picked = pick(&spi, max, tenant);
+    claim_picked(&spi, &picked, holder, ttl)
+}
+
+fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
     if let Some(tenant) = tenant {
         return pick_of(spi, tenant, max);
     }
@@ -107,8 +118,7 @@ fn pick_of(spi: &Spi, tenant: &str, max: usize) -> Vec<Due> {
     (0..rows.count()).filter_map(due).collect()
 }
 
-/// Claims what was picked, as `sync::begin` without a source does.
-pub fn claim(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<Claimed> {
+fn claim_picked(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<Claimed> {
     static CLAIM: Plan = Plan::new(
         "UPDATE lockstep.replicas AS p
          SET sync_token = pg_catalog.nextval('lockstep.token'), sync_holder = $4, sync_source = NULL,
