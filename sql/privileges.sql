@@ -10,3 +10,5 @@ ALTER FUNCTION lockstep.ticket_resync() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.after_data_loss() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.writer_locks() CALLED ON NULL INPUT;
 ALTER FUNCTION lockstep.projection_locks() CALLED ON NULL INPUT;
+ALTER FUNCTION lockstep.workers() CALLED ON NULL INPUT;
+ALTER FUNCTION lockstep.workers_are_on() CALLED ON NULL INPUT;

@@ -145,28 +145,29 @@ impl Launcher {
             };
             Ok((projection::for_workers(tenants), retries))
         });
-        let soon = begun + Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
+        let (now, rest) = (Instant::now(), begun.elapsed() * LOOKS_SHARE);
+        let poll_interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
         if everywhere {
             self.queue.touch(None);
             self.tenants.clear();
             let _ = self.queue.rested(begun);
-            self.next_look = Instant::now() + LOOK.max(begun.elapsed() * LOOKS_SHARE);
+            self.next_look = now + LOOK.max(rest);
         }
         let Ok(Ok(((due, is_prepared), retries))) = looked else {
             // Dropped, or being dropped.
             self.queue.keep_waiting(|_| false);
-            self.next_look = Instant::now() + LOOK;
+            self.next_look = now + LOOK;
             return;
         };
         if is_prepared {
-            self.next_look = self.next_look.min(soon);
+            self.next_look = self.next_look.min(now + poll_interval.max(rest));
         }
         let pair = |projection, tenant| Pair { projection, tenant };
         let mut found = HashSet::new();
         for due in due {
             let pair = pair(due.projection, due.tenant);
             if due.is_claimed {
-                self.queue.rest_unless_running(pair, soon);
+                self.queue.rest_unless_running(pair, now + poll_interval);
                 continue;
             }
             if everywhere {
@@ -175,9 +176,8 @@ impl Launcher {
             self.queue.found(pair, due.owner.to_u32(), due.since);
         }
         for (projection, tenant, wait) in retries {
-            let until = begun + wait;
             self.queue
-                .rest_unless_running(pair(projection, tenant), until);
+                .rest_unless_running(pair(projection, tenant), begun + wait);
         }
         if everywhere {
             self.queue.keep_waiting(|pair| found.contains(pair));
