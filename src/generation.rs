@@ -89,8 +89,7 @@ fn resource_delete(resource: Option<&str>, tenant: default!(Option<&str>, "''"))
 #[search_path(pg_catalog, lockstep, pg_temp)]
 fn resource_purge(older_than: Option<Interval>, tenant: default!(Option<&str>, "''")) -> i64 {
     let run = || {
-        let older_than =
-            argument::not_negative("older_than", argument::required("older_than", older_than)?)?;
+        let older_than = argument::span("older_than", older_than)?;
         let tenant = argument::tenant(tenant)?;
         snapshot::require_read_write("resource_purge")?;
         snapshot::require_read_committed("resource_purge")?;
