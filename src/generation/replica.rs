@@ -1,6 +1,6 @@
 //! What each replica holds: writing, copying, and taking replicas out. All of it under the exclusive lock of the resource.
 
-use super::resource::{self, Key, with};
+use super::resource::{self, Key, Resource, with};
 use crate::error::Error;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
@@ -27,7 +27,7 @@ pub fn increment(key: Key, replicas: Option<&[String]>) -> Result<i64, Error> {
             });
         }
     }
-    Ok(raise(&spi, key))
+    raise(&spi, key, before)
 }
 
 /// The generations of the replicas, for a DETAIL.
@@ -43,28 +43,31 @@ fn actual(spi: &Spi, key: Key, replicas: &[String]) -> String {
     actual.unwrap_or_else(|| "none".into())
 }
 
-/// The resource's next generation; the replicas that are not there yet are due.
-fn raise(spi: &Spi, key: Key) -> i64 {
-    static RAISE: Plan = Plan::new(
-        "UPDATE lockstep.resources SET generation = generation + 1, changed_at = pg_catalog.clock_timestamp()
-         WHERE tenant = $1 AND resource = $2 RETURNING generation",
-    );
-    let generation: i64 = spi.write(&RAISE, &key.args()).get(0, 1).unwrap_or_default();
-    outdate(spi, key, generation);
-    generation
+/// The resource's next generation.
+fn raise(spi: &Spi, key: Key, before: Resource) -> Result<i64, Error> {
+    let generation = before
+        .generation
+        .checked_add(1)
+        .ok_or_else(|| Error::invalid("generation out of range"))?;
+    raise_to(spi, key, generation);
+    Ok(generation)
 }
 
-/// What is not at this generation wants a sync; what has wanted one for longer keeps its place. That the source had nothing
-/// says nothing of its new generation.
-fn outdate(spi: &Spi, key: Key, generation: i64) {
-    static OUTDATE: Plan = Plan::new(
-        "UPDATE lockstep.replicas
+/// Gives the resource this generation. What is not at it wants a sync; what has wanted one for longer keeps its place. That the
+/// source had nothing says nothing of its new generation.
+fn raise_to(spi: &Spi, key: Key, generation: i64) {
+    static RAISE: Plan = Plan::new(
+        "WITH raised AS (
+             UPDATE lockstep.resources SET generation = $3, changed_at = pg_catalog.clock_timestamp()
+             WHERE tenant = $1 AND resource = $2
+         )
+         UPDATE lockstep.replicas
          SET due_at = pg_catalog.clock_timestamp(), missing_at_source = false,
              retry_at = CASE WHEN missing_at_source THEN NULL ELSE retry_at END,
              retry_count = CASE WHEN missing_at_source THEN 0 ELSE retry_count END
          WHERE tenant = $1 AND resource = $2 AND generation IS DISTINCT FROM $3 AND (due_at IS NULL OR missing_at_source)",
     );
-    spi.write(&OUTDATE, &with(key, [Arg::from(generation)]));
+    spi.write(&RAISE, &with(key, [Arg::from(generation)]));
 }
 
 /// What a caller says that a replica holds now.
@@ -89,10 +92,6 @@ pub fn set(key: Key, holds: &Holds) -> Result<&'static str, Error> {
     );
     static HELD: Plan = Plan::new(
         "SELECT p.generation FROM lockstep.replicas AS p WHERE p.tenant = $1 AND p.resource = $2 AND p.replica = $3",
-    );
-    static RAISE: Plan = Plan::new(
-        "UPDATE lockstep.resources SET generation = $3, changed_at = pg_catalog.clock_timestamp()
-         WHERE tenant = $1 AND resource = $2",
     );
     let spi = Spi::connect();
     let before = match resource::lock(&spi, key)? {
@@ -125,8 +124,7 @@ pub fn set(key: Key, holds: &Holds) -> Result<&'static str, Error> {
         });
     }
     if holds.generation > before.generation {
-        spi.write(&RAISE, &with(key, [Arg::from(holds.generation)]));
-        outdate(&spi, key, holds.generation);
+        raise_to(&spi, key, holds.generation);
     } else if holds.force {
         orphan(&spi, key, holds.replica);
     }
@@ -195,8 +193,8 @@ pub fn make_authoritative(key: Key, replica: &str) -> Result<i64, Error> {
          WHERE tenant = $1 AND resource = $2 AND replica = $3",
     );
     let spi = Spi::connect();
-    resource::lock_live(&spi, key)?;
-    let generation = raise(&spi, key);
+    let before = resource::lock_live(&spi, key)?;
+    let generation = raise(&spi, key, before)?;
     let args = with(key, [Arg::from(replica), Arg::from(generation)]);
     if spi.write(&FOLLOW, &args).count() == 0 {
         return Err(Error::UndefinedReplica {

@@ -218,21 +218,15 @@ pub enum End<'a> {
 }
 
 pub fn finish(key: Key, target: &str, token: i64, end: &End) -> Result<&'static str, Error> {
-    // What the replica holds already, it keeps: somebody may have recorded more than the claim was for.
-    static SUCCEED: Plan = Plan::new(
-        "UPDATE lockstep.replicas
-         SET generation = GREATEST(generation, sync_generation), synced_at = pg_catalog.clock_timestamp(),
-             due_at = CASE WHEN GREATEST(generation, sync_generation) < $4 THEN pg_catalog.clock_timestamp() END,
-             sync_token = NULL, sync_holder = NULL, sync_started_at = NULL, sync_expires_at = NULL,
-             sync_generation = NULL, sync_source = NULL, sync_source_lost = false,
-             retry_count = 0, retry_at = NULL, missing_at_source = false, last_error = NULL
-         WHERE tenant = $1 AND resource = $2 AND replica = $3
-         RETURNING generation",
-    );
     static BURIED: Plan = Plan::new(
         "DELETE FROM lockstep.replicas WHERE tenant = $1 AND resource = $2 AND replica = $3",
     );
     let spi = Spi::connect();
+    if let End::Copied = end
+        && let Some(status) = finish_plainly(&spi, key, target, token)?
+    {
+        return Ok(status);
+    }
     let found = match lock_claim(&spi, key, target, token)? {
         Standing::Valid(found) => found,
         Standing::Lost => return Ok("lost"),
@@ -244,27 +238,73 @@ pub fn finish(key: Key, target: &str, token: i64, end: &End) -> Result<&'static 
         }
     };
     let (error, missing) = match end {
+        End::Copied if source_is_lost(&spi, key, &found) => {
+            release(&spi, key, target);
+            return Ok("source_lost");
+        }
         End::Copied => {
-            if source_is_lost(&spi, key, &found) {
-                release(&spi, key, target);
-                return Ok("source_lost");
-            }
-            let args = with(
-                key,
-                [Arg::from(target), Arg::from(found.resource.generation)],
-            );
-            let reached: Option<i64> = spi.write(&SUCCEED, &args).get(0, 1);
-            return Ok(if reached >= Some(found.resource.generation) {
-                "current"
-            } else {
-                "outdated"
-            });
+            let recorded = record(&spi, key, target, token, found.resource, true);
+            return Ok(recorded.unwrap_or("lost"));
         }
         End::Failed(error) => (*error, false),
         End::MissingAtSource(error) => (*error, true),
     };
     back_off(&spi, key, target, error, missing);
     Ok(if missing { "missing" } else { "failed" })
+}
+
+/// What most syncs come to, without a look at the replica's row before it is written: no source to judge, and the claim there.
+/// None: it is not so plain, and nothing was done.
+fn finish_plainly(
+    spi: &Spi,
+    key: Key,
+    target: &str,
+    token: i64,
+) -> Result<Option<&'static str>, Error> {
+    Ok(match resource::lock_shared(spi, key)? {
+        Some(resource) if !resource.deleted && token > resource.incarnation => {
+            record(spi, key, target, token, resource, false)
+        }
+        _ => None,
+    })
+}
+
+/// Records what the claim was for; None if it is not there, or names a source that nobody has judged. What the replica holds
+/// already, it keeps: somebody may have recorded more.
+fn record(
+    spi: &Spi,
+    key: Key,
+    target: &str,
+    token: i64,
+    resource: Resource,
+    source_is_good: bool,
+) -> Option<&'static str> {
+    static RECORD: Plan = Plan::new(
+        "UPDATE lockstep.replicas
+         SET generation = GREATEST(generation, sync_generation), synced_at = pg_catalog.clock_timestamp(),
+             due_at = CASE WHEN GREATEST(generation, sync_generation) < $5 THEN pg_catalog.clock_timestamp() END,
+             sync_token = NULL, sync_holder = NULL, sync_started_at = NULL, sync_expires_at = NULL,
+             sync_generation = NULL, sync_source = NULL, sync_source_lost = false,
+             retry_count = 0, retry_at = NULL, missing_at_source = false, last_error = NULL
+         WHERE tenant = $1 AND resource = $2 AND replica = $3
+           AND sync_token = $4 AND (sync_source IS NULL OR $6)
+         RETURNING generation",
+    );
+    let args = with(
+        key,
+        [
+            Arg::from(target),
+            Arg::from(token),
+            Arg::from(resource.generation),
+            Arg::from(source_is_good),
+        ],
+    );
+    let reached: i64 = spi.write(&RECORD, &args).get(0, 1)?;
+    Some(if reached >= resource.generation {
+        "current"
+    } else {
+        "outdated"
+    })
 }
 
 fn source_is_lost(spi: &Spi, key: Key, found: &Found) -> bool {
