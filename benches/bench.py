@@ -47,7 +47,7 @@ class Bench:
 
 
 def create_database(name):
-    psql("-c", f"DROP DATABASE IF EXISTS {name} WITH (FORCE)", "-c", f"CREATE DATABASE {name}")
+    psql("-d", "postgres", "-c", f"DROP DATABASE IF EXISTS {name} WITH (FORCE)", "-c", f"CREATE DATABASE {name}")
 
 
 def psql(*arguments):

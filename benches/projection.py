@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from bench import DATABASE, HERE, create_database, psql
 
 EVENTS = 50_000  # of projection.sql
-VENV = HERE.parent / ".venv" / "bin" / "python"
+PYTHON = sys.executable if find_spec("psycopg") else HERE.parent / ".venv" / "bin" / "python"
 
 # An empty read model, and the projection at the log's beginning.
 EMPTY = """SELECT lockstep.projection_reset(name, tenant => 'log') FROM lockstep.projections WHERE name IN ('copy', 'add');
@@ -57,7 +57,7 @@ def call(procedure):
 
 
 def client(*arguments):
-    return rate(sys.executable if find_spec("psycopg") else VENV, HERE / "client.py", *arguments)
+    return rate(PYTHON, HERE / "client.py", *arguments)
 
 
 def claim(bench, tenants, events):

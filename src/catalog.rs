@@ -3,13 +3,24 @@
 use pgrx::pg_sys;
 use std::ffi::CStr;
 
-/// Whether this database has the extension.
+/// Whether this database has the extension, which then stays until the transaction ends. DROP EXTENSION takes this lock before
+/// those of the tables: who took theirs without it would deadlock with the drop.
 pub fn has_extension() -> bool {
-    // SAFETY: a look-up in a catalog.
-    unsafe { pg_sys::get_extension_oid(c"lockstep".as_ptr(), true) != pg_sys::InvalidOid }
+    let extension = || {
+        // SAFETY: a look-up in a catalog.
+        unsafe { pg_sys::get_extension_oid(c"lockstep".as_ptr(), true) }
+    };
+    let found = extension();
+    if found == pg_sys::InvalidOid {
+        return false;
+    }
+    let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+    // SAFETY: an ordinary object lock until the transaction's end.
+    unsafe { pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, found, 0, lock) };
+    extension() == found
 }
 
-/// The names of all databases. A scan without an index: a process that is connected to no database may have none to use.
+/// The names of the databases that can be connected to. A scan without an index: a process that is connected to no database may have none to use.
 pub fn databases() -> Vec<String> {
     let mut names = Vec::new();
     // SAFETY: opens and closes the relation and the scan; GETSTRUCT of a pg_database tuple is a FormData_pg_database.
@@ -31,8 +42,11 @@ pub fn databases() -> Vec<String> {
                 break;
             }
             let database = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
-            let name = CStr::from_ptr((*database).datname.data.as_ptr());
-            names.push(name.to_string_lossy().into_owned());
+            // An interrupted DROP DATABASE leaves the limit -2.
+            if (*database).datallowconn && (*database).datconnlimit != -2 {
+                let name = CStr::from_ptr((*database).datname.data.as_ptr());
+                names.push(name.to_string_lossy().into_owned());
+            }
         }
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(relation, lock);

@@ -129,6 +129,9 @@ mod projection_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/support.rs"]
 mod support;
+#[cfg(test)]
+#[path = "../pgrx-tests/worker.rs"]
+mod worker_tests;
 
 /// What `cargo pgrx test` calls.
 #[cfg(test)]

@@ -217,7 +217,8 @@ pub fn report_statistics(at_once: bool) {
     unsafe { pg_sys::pgstat_report_stat(at_once) };
 }
 
-/// Undoes what a handler may have left in the session: settings, a role, advisory locks. Outside a transaction.
+/// Undoes what a handler may have left in the session: settings, a role, advisory locks. Outside a transaction; temporary tables
+/// are [`drop_temporary_tables`]'s.
 pub fn reset_session() {
     // SAFETY: what DISCARD ALL does of this. "none" and the session's own user need no look-up.
     unsafe {
@@ -229,6 +230,16 @@ pub fn reset_session() {
         );
         pg_sys::ResetAllOptions();
         pg_sys::LockReleaseAll(pg_sys::USER_LOCKMETHOD as pg_sys::LOCKMETHODID, true);
+    }
+}
+
+/// Drops the temporary tables that this transaction has made or used: another projection's handler must not find them.
+pub fn drop_temporary_tables() {
+    // SAFETY: inside a transaction. It is what DISCARD TEMP does.
+    unsafe {
+        if pg_sys::MyXactFlags & pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32 != 0 {
+            pg_sys::ResetTempTableNamespace();
+        }
     }
 }
 

@@ -242,6 +242,8 @@ impl Prepared {
                 (c"enable_seqscan", c"off"),
                 (c"enable_bitmapscan", c"off"),
                 (c"enable_sort", c"off"),
+                // What is off counts as so expensive that a statement of microseconds would be compiled for a second.
+                (c"jit", c"off"),
             ]);
             let planned = pg_sys::SPI_plan_get_cached_plan(self.0.as_ptr());
             if !planned.is_null() {

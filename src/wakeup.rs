@@ -128,7 +128,7 @@ pub fn wait_until<E>(
     mut state: impl FnMut() -> Result<bool, E>,
 ) -> Result<bool, E> {
     let begun = Instant::now();
-    // Taken before the first look: what is announced between a look and the sleep sets the latch.
+    // Taken before the first look, so that nothing announced after a look is missed.
     let seat = Seat::take(event.key());
     let interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
     let interval = interval * if seat.is_some() { POLLS_SAVED } else { 1 };
@@ -140,6 +140,8 @@ pub fn wait_until<E>(
         if left.is_zero() {
             return Ok(false);
         }
-        process::sleep(Some(left.min(interval)), WaitEvent(c"LockstepWait"));
+        if !seat.as_ref().is_some_and(Seat::was_called) {
+            process::sleep(Some(left.min(interval)), WaitEvent(c"LockstepWait"));
+        }
     }
 }

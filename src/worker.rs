@@ -21,8 +21,9 @@
 //!   event, each checked before its COMMIT, so that the one that is to blame is counted, retried and at last skipped.
 
 mod batch;
+mod crew;
 mod launcher;
-mod queue;
+pub mod queue;
 mod supervisor;
 mod table;
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import workers
 from psycopg import sql
 from server import Cluster
 
@@ -123,6 +124,36 @@ def cluster():
     finally:
         for made in reversed(clusters):
             made.destroy()
+
+
+@pytest.fixture(scope="session")
+def worker_server():
+    """A server with the library preloaded, which tests share by the fixture `app`."""
+    shared = Cluster(**workers.SETTINGS)
+    try:
+        yield shared.start()
+    finally:
+        shared.destroy()
+
+
+@pytest.fixture
+def app(worker_server):
+    """An application on the shared server with workers, its database not yet in lockstep.databases."""
+    application = workers.Application(Database(worker_server, f"app_{next(_numbers)}"))
+    try:
+        yield application
+    finally:
+        application.drop()
+
+
+@pytest.fixture
+def own_app(cluster):
+    """Makes an application on a server of its own: `own_app(wal_level="minimal")`."""
+
+    def make(**settings):
+        return workers.Application(Database(cluster(**(workers.SETTINGS | settings)), "app"))
+
+    return make
 
 
 @pytest.fixture

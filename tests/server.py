@@ -122,11 +122,15 @@ class Cluster:
 
     def conf(self, **settings):
         """Writes settings, and reloads a running server. Those that need a restart wait for `restart`."""
+        self.conf_later(**settings)
+        if self.running():
+            _as_server_user("pg_ctl", "reload", "-D", self.data, "-s")
+
+    def conf_later(self, **settings):
+        """Writes settings, which take effect at the next reload or start."""
         lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
         with open(self.data / "postgresql.conf", "a") as file:
             file.write(lines)
-        if self.running():
-            _as_server_user("pg_ctl", "reload", "-D", self.data, "-s")
 
     def connect(self, dbname="postgres", autocommit=True, **options):
         """A psycopg connection through the socket as the superuser, unless `options` say otherwise."""

@@ -118,7 +118,7 @@ pub fn next_retries() -> Vec<(String, String, Duration)> {
     static RETRIES: Plan = Plan::joining(
         "SELECT c.projection, c.tenant,
                 GREATEST(EXTRACT(epoch FROM c.retry_at - pg_catalog.clock_timestamp()), 0)::float8
-         FROM lockstep.projection_cursors AS c WHERE c.retry_at IS NOT NULL",
+         FROM lockstep.projection_cursors AS c WHERE c.retry_at > pg_catalog.clock_timestamp()",
     );
     let spi = Spi::connect();
     let rows = spi.read(&RETRIES, At::Latest, &[]);

@@ -24,6 +24,7 @@ pub struct Collected {
     pub projection_changed: bool,
     /// There were more tenants than fit.
     pub overflowed: bool,
+    /// Each once, in the order of their first push.
     pub tenants: Vec<String>,
 }
 
@@ -38,8 +39,6 @@ struct Contents {
     projection_changed: bool,
     overflowed: bool,
     used: usize,
-    /// Where the last name begins.
-    last: usize,
     names: [u8; BYTES],
 }
 
@@ -55,6 +54,7 @@ unsafe impl PGRXSharedMemory for Boxes {}
 static MAIL: PgLwLock<Boxes> = unsafe { PgLwLock::new(c"LockstepMail") };
 static IS_THERE: AtomicBool = AtomicBool::new(false);
 
+/// Called last by the postmaster: all of the shared memory is there then.
 pub fn preload() {
     pg_shmem_init!(
         MAIL = Boxes {
@@ -75,7 +75,6 @@ impl Contents {
         projection_changed: false,
         overflowed: false,
         used: 0,
-        last: 0,
         names: [0; BYTES],
     };
 
@@ -89,7 +88,7 @@ impl Contents {
             return;
         };
         let (name, length) = (tenant.as_bytes(), tenant.len() as u16);
-        if self.used > 0 && &self.names[self.last + 2..self.used] == name {
+        if self.names().any(|known| known == name) {
             return;
         }
         let end = self.used + 2 + name.len();
@@ -99,29 +98,30 @@ impl Contents {
         }
         self.names[self.used..self.used + 2].copy_from_slice(&length.to_le_bytes());
         self.names[self.used + 2..end].copy_from_slice(name);
-        self.last = self.used;
         self.used = end;
     }
 
+    /// In the order in which they came.
+    fn names(&self) -> impl Iterator<Item = &[u8]> {
+        let mut names = &self.names[..self.used];
+        std::iter::from_fn(move || {
+            let (length, rest) = names.split_first_chunk::<2>()?;
+            let (name, rest) = rest.split_at(u16::from_le_bytes(*length) as usize);
+            names = rest;
+            Some(name)
+        })
+    }
+
     fn take(&mut self) -> Collected {
-        let mut collected = Collected {
+        let name = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
+        let collected = Collected {
             projection_changed: self.projection_changed,
             overflowed: self.overflowed,
-            tenants: Vec::new(),
+            tenants: self.names().map(name).collect(),
         };
-        let mut names = &self.names[..self.used];
-        while let Some((length, rest)) = names.split_first_chunk::<2>() {
-            let (name, rest) = rest.split_at(u16::from_le_bytes(*length) as usize);
-            collected
-                .tenants
-                .push(String::from_utf8_lossy(name).into_owned());
-            names = rest;
-        }
         self.projection_changed = false;
         self.overflowed = false;
         self.used = 0;
-        collected.tenants.sort_unstable();
-        collected.tenants.dedup();
         collected
     }
 }

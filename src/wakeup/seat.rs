@@ -3,6 +3,7 @@
 use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init, prelude::*};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::mailbox;
 use crate::process;
 
 /// A process with a greater number polls.
@@ -12,23 +13,23 @@ struct Seats {
     taken: usize,
     /// What the process of that number waits for; 0: nothing.
     keys: [u64; SEATS],
+    /// Whether it has been called. The latch alone does not tell: what the process does between two sleeps may have reset it.
+    called: [AtomicBool; SEATS],
 }
 
-// SAFETY: numbers only.
+// SAFETY: numbers and atomics only.
 unsafe impl PGRXSharedMemory for Seats {}
 
 // SAFETY: the only lock of this name.
 static ROOM: PgLwLock<Seats> = unsafe { PgLwLock::new(c"LockstepSeats") };
-static IS_THERE: AtomicBool = AtomicBool::new(false);
-
 pub fn preload() {
     pg_shmem_init!(
         ROOM = Seats {
             taken: 0,
-            keys: [0; SEATS]
+            keys: [0; SEATS],
+            called: [const { AtomicBool::new(false) }; SEATS]
         }
     );
-    IS_THERE.store(true, Ordering::Relaxed);
 }
 
 /// This process's seat, until dropped.
@@ -37,7 +38,7 @@ pub struct Seat(usize);
 impl Seat {
     pub fn take(key: u64) -> Option<Self> {
         let number = process::number();
-        if !IS_THERE.load(Ordering::Relaxed) || number >= SEATS {
+        if !mailbox::is_there() || number >= SEATS {
             return None;
         }
         let mut room = ROOM.exclusive();
@@ -47,6 +48,11 @@ impl Seat {
         }
         room.keys[number] = key.max(1);
         Some(Seat(number))
+    }
+
+    /// Whether it was called since this was last asked.
+    pub fn was_called(&self) -> bool {
+        ROOM.share().called[self.0].swap(false, Ordering::Relaxed)
     }
 }
 
@@ -68,6 +74,7 @@ pub fn wake(key: u64) {
     }
     let waiting = room.keys.iter().enumerate();
     for (number, _) in waiting.filter(|(_, waits_for)| **waits_for == key.max(1)) {
+        room.called[number].store(true, Ordering::Relaxed);
         process::wake(number);
     }
 }

@@ -28,11 +28,14 @@ pub extern "C-unwind" fn lockstep_worker(argument: pg_sys::Datum) {
     // Claims need it, whatever the defaults of the role and the database are.
     process::set(c"default_transaction_isolation", c"read committed");
     process::set(c"default_transaction_read_only", c"off");
-    let number = table::worker_is_ready(index);
+    let (number, quiet) = table::worker_is_ready(index);
     process::set_application_name(&format!("lockstep worker {number}"));
     let role = transaction::run(|| Ok::<_, ()>(rights::role_name(owner).unwrap_or_default()));
     let role = role.ok().and_then(Result::ok).unwrap_or_default();
-    pgrx::log!("lockstep worker {number} started as role \"{role}\"");
+    say(
+        quiet,
+        &format!("lockstep worker {number} started as role \"{role}\""),
+    );
     loop {
         process::follow_settings();
         match table::next_task(index) {
@@ -42,8 +45,11 @@ pub extern "C-unwind" fn lockstep_worker(argument: pg_sys::Datum) {
                 table::finish(index, outcome, &done);
                 process::report_statistics(false);
             }
-            Task::Stop => {
-                pgrx::log!("lockstep worker {number} of role \"{role}\" stopped");
+            Task::Stop { quiet } => {
+                say(
+                    quiet,
+                    &format!("lockstep worker {number} of role \"{role}\" stopped"),
+                );
                 return;
             }
             Task::Nothing => {
@@ -53,6 +59,14 @@ pub extern "C-unwind" fn lockstep_worker(argument: pg_sys::Datum) {
         }
         process::ignore_cancel();
         pgrx::check_for_interrupts!();
+    }
+}
+
+fn say(quiet: bool, what: &str) {
+    if quiet {
+        pgrx::debug1!("{what}");
+    } else {
+        pgrx::log!("{what}");
     }
 }
 
@@ -109,6 +123,7 @@ impl<'a> Batch<'a> {
             }
             let report =
                 projection::run_for_worker(self.projection, self.tenant, LONGEST_BATCH, careful)?;
+            process::drop_temporary_tables();
             if report.status == Status::Ok && report.processed + report.skipped == 0 {
                 // At the most the cursor has moved over events that are none of the projection's: if a crash takes that back,
                 // it is moved again.

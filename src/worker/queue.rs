@@ -13,6 +13,8 @@ const STANDS_BACK: Duration = Duration::from_secs(10);
 /// How long a pair rests after its first failure that is not an event's, and at the most; it doubles in between.
 const FIRST_REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(300);
+/// As many as there can be.
+const MOST_WORKERS: usize = super::table::MOST;
 
 /// A projection in a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +25,23 @@ pub struct Pair {
 
 /// The role that owns the projection.
 pub type Owner = u32;
+
+/// The pairs of one owner that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Line {
+    /// Of the first pair.
+    pub since: i64,
+    pub owner: Owner,
+    pub waiting: usize,
+    /// How many of them wait for their first batch or have stood back for long enough; counted up to the most workers
+    /// that there can be.
+    pub fresh: usize,
+}
+
+/// The pairs of a line that do not stand back.
+fn fresh(line: &BTreeSet<(i64, Pair)>, now: i64) -> impl Iterator<Item = &(i64, Pair)> {
+    line.iter().take_while(move |(since, _)| *since <= now)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -85,18 +104,25 @@ impl Queue {
         }
     }
 
-    /// The owners with pairs in line, the one whose first pair waits longest first; and how many wait.
-    pub fn owners(&self) -> Vec<(Owner, usize)> {
-        let mut lines: Vec<_> = self
-            .lines
-            .iter()
-            .filter_map(|(owner, line)| Some((line.first()?.0, *owner, line.len())))
-            .collect();
+    /// The lines, the one whose first pair waits longest first.
+    pub fn lines(&self, now: i64) -> Vec<Line> {
+        let line = |(owner, line): (&Owner, &BTreeSet<(i64, Pair)>)| {
+            Some(Line {
+                since: line.first()?.0,
+                owner: *owner,
+                waiting: line.len(),
+                fresh: fresh(line, now).take(MOST_WORKERS).count(),
+            })
+        };
+        let mut lines: Vec<Line> = self.lines.iter().filter_map(line).collect();
         lines.sort_unstable();
         lines
-            .into_iter()
-            .map(|(_, owner, waiting)| (owner, waiting))
-            .collect()
+    }
+
+    /// Whether so many pairs wait for their first batch.
+    pub fn has_fresh(&self, now: i64, count: usize) -> bool {
+        let fresh = self.lines.values().flat_map(|line| fresh(line, now));
+        fresh.take(count).count() == count
     }
 
     /// Takes the owner's first pair out of line: it is running now.
@@ -112,8 +138,7 @@ impl Queue {
     /// meanwhile, so what is due there must be looked up.
     #[must_use]
     pub fn applied(&mut self, pair: Pair, owner: Owner, more: bool, now: i64) -> bool {
-        let touched = self.pairs.get(&pair) == Some(&State::Running { touched: true });
-        self.forget(&pair);
+        let touched = self.forget(&pair);
         if more {
             self.join_line(pair, owner, now + STANDS_BACK.as_micros() as i64);
         }
@@ -127,10 +152,12 @@ impl Queue {
         self.pairs.insert(pair, State::Resting { until });
     }
 
-    /// As `rest`, unless the pair is running.
-    pub fn rest_unless_running(&mut self, pair: Pair, until: Instant) {
-        if !matches!(self.pairs.get(&pair), Some(State::Running { .. })) {
-            self.rest(pair, until);
+    /// As `rest`, unless the pair is running, or rests for longer.
+    pub fn rest_at_least(&mut self, pair: Pair, until: Instant) {
+        match self.pairs.get(&pair) {
+            Some(State::Running { .. }) => {}
+            Some(State::Resting { until: known }) if *known >= until => {}
+            _ => self.rest(pair, until),
         }
     }
 
@@ -145,10 +172,12 @@ impl Queue {
         rest
     }
 
-    /// The pair is nobody's concern any more.
-    pub fn forget(&mut self, pair: &Pair) {
+    /// The pair is nobody's concern any more. True as for `applied`.
+    pub fn forget(&mut self, pair: &Pair) -> bool {
+        let touched = self.pairs.get(pair) == Some(&State::Running { touched: true });
         self.leave(pair);
         self.failures.remove(pair);
+        touched
     }
 
     /// Ends the rests whose time is over, and returns their tenants: what is due there must be looked up.

@@ -14,7 +14,7 @@ use crate::transaction;
 
 /// How soon a launcher that has ended is started again, and how often a database that is not there is looked for.
 const RESTART: Duration = Duration::from_secs(1);
-/// The longest such time, for a launcher that ends at once each time.
+/// The longest such time, for a launcher that cannot connect.
 const LONGEST_RESTART: Duration = Duration::from_secs(60);
 
 pub fn register() {
@@ -33,6 +33,7 @@ pub fn register() {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn lockstep_supervisor(_argument: pg_sys::Datum) {
     process::begin();
+    table::begin_supervisor();
     process::connect_to_none();
     process::set(c"application_name", c"lockstep supervisor");
     let mut supervisor = Supervisor::default();
@@ -46,7 +47,7 @@ pub extern "C-unwind" fn lockstep_supervisor(_argument: pg_sys::Datum) {
 #[derive(Default)]
 struct Supervisor {
     /// The launchers that this process has asked for, by their place in the table.
-    launchers: HashMap<usize, (String, DynamicBackgroundWorker)>,
+    launchers: HashMap<usize, DynamicBackgroundWorker>,
     starts: HashMap<String, Starts>,
     /// What was last said about a database, so that it is said once.
     said: HashMap<String, &'static str>,
@@ -54,13 +55,19 @@ struct Supervisor {
 
 struct Starts {
     last: Instant,
+    /// From one start to the next.
     wait: Duration,
 }
 
 impl Supervisor {
     /// Starts the launchers that are missing. Returns when to look again if nothing happens.
     fn look(&mut self) -> Option<Duration> {
-        self.launchers.retain(|index, (_, launcher)| {
+        for (database, was_ready) in table::ended_launchers() {
+            if let Some(starts) = self.starts.get_mut(&database) {
+                starts.ended(was_ready);
+            }
+        }
+        self.launchers.retain(|index, launcher| {
             let has_ended = matches!(launcher.pid(), Err(BackgroundWorkerStatus::Stopped));
             if has_ended {
                 table::remove_launcher(*index);
@@ -85,7 +92,7 @@ impl Supervisor {
             if existing.contains(&database) {
                 self.start(&database);
             } else {
-                self.say(&database, "does not exist");
+                self.say(&database, "does not exist or allows no connections");
             }
         }
         Some(RESTART)
@@ -110,8 +117,7 @@ impl Supervisor {
         match launcher {
             Ok(launcher) => {
                 self.said.remove(database);
-                self.launchers
-                    .insert(index, (database.to_owned(), launcher));
+                self.launchers.insert(index, launcher);
             }
             Err(_) => {
                 table::remove_launcher(index);
@@ -138,15 +144,16 @@ impl Starts {
         }
     }
 
-    /// One that ran for long is started soon; one that ended at once, later each time.
     fn again(&mut self) {
-        let ran = self.last.elapsed();
-        self.wait = if ran > LONGEST_RESTART {
+        self.last = Instant::now();
+    }
+
+    fn ended(&mut self, was_ready: bool) {
+        self.wait = if was_ready {
             RESTART
         } else {
             (self.wait * 2).min(LONGEST_RESTART)
         };
-        self.last = Instant::now();
     }
 
     fn is_over(&self) -> bool {

@@ -53,7 +53,10 @@ impl<const LIMIT: usize> Text<LIMIT> {
 struct Launcher {
     database: Text<64>,
     process: Option<Process>,
+    /// It is connected.
+    is_ready: bool,
     must_stop: bool,
+    has_ended: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -109,6 +112,8 @@ struct Worker {
     /// The number of the launcher's process.
     launcher: usize,
     must_stop: bool,
+    /// Its start or end is a matter of turns and not for the log.
+    quiet: bool,
     projection: Text<MAX_NAME_BYTES>,
     tenant: Text<MAX_NAME_BYTES>,
     started_at: Option<i64>,
@@ -189,6 +194,7 @@ impl Worker {
         process: None,
         launcher: 0,
         must_stop: false,
+        quiet: false,
         projection: Text::EMPTY,
         tenant: Text::EMPTY,
         started_at: None,
@@ -197,6 +203,7 @@ impl Worker {
 }
 
 struct Table {
+    supervisor: Option<Process>,
     launchers: [Option<Launcher>; DATABASES],
     workers: [Worker; MOST],
 }
@@ -210,6 +217,7 @@ static TABLE: PgLwLock<Table> = unsafe { PgLwLock::new(c"LockstepWorkers") };
 pub fn preload() {
     pg_shmem_init!(
         TABLE = Table {
+            supervisor: None,
             launchers: [None; DATABASES],
             workers: [Worker::FREE; MOST],
         }
@@ -217,6 +225,19 @@ pub fn preload() {
 }
 
 // What the supervisor does.
+
+/// Makes this process the one that learns of a launcher's end. The postmaster would tell only the supervisor that asked for that
+/// launcher, and this one may have come after it.
+pub fn begin_supervisor() {
+    let mut table = TABLE.exclusive();
+    table.supervisor = Some(Process::this());
+    for launcher in &mut table.launchers {
+        // Whether that will ever be started is not known any more.
+        if launcher.is_some_and(|launcher| launcher.process.is_none()) {
+            *launcher = None;
+        }
+    }
+}
 
 /// Tells the launchers of other databases than these to stop, and returns which of these have none.
 pub fn without_launcher(wanted: &[String]) -> Vec<String> {
@@ -247,14 +268,26 @@ pub fn add_launcher(database: &str) -> Option<usize> {
     table.launchers[index] = Some(Launcher {
         database: Text::new(database),
         process: None,
+        is_ready: false,
         must_stop: false,
+        has_ended: false,
     });
     Some(index)
 }
 
-/// Called when the launcher has ended, or could not be started.
+/// Takes back the place of a launcher that could not be started.
 pub fn remove_launcher(index: usize) {
     TABLE.exclusive().launchers[index] = None;
+}
+
+/// Takes back the places of the launchers that have ended, and returns their databases and whether they had been connected.
+pub fn ended_launchers() -> Vec<(String, bool)> {
+    let mut table = TABLE.exclusive();
+    let places = table.launchers.iter_mut();
+    let ended = places.filter_map(|place| place.take_if(|launcher| launcher.has_ended));
+    ended
+        .map(|launcher| (launcher.database.read(), launcher.is_ready))
+        .collect()
 }
 
 // What a launcher does.
@@ -262,9 +295,30 @@ pub fn remove_launcher(index: usize) {
 /// The name of the launcher's database.
 pub fn begin_launcher(index: usize) -> Option<String> {
     let mut table = TABLE.exclusive();
-    let launcher = table.launchers[index].as_mut()?;
+    // Else it was asked for by a supervisor that has ended since, and another has it.
+    let launcher = table.launchers[index]
+        .as_mut()
+        .filter(|launcher| launcher.process.is_none())?;
     launcher.process = Some(Process::this());
     Some(launcher.database.read())
+}
+
+/// The launcher is connected.
+pub fn launcher_is_ready(index: usize) {
+    if let Some(launcher) = &mut TABLE.exclusive().launchers[index] {
+        launcher.is_ready = true;
+    }
+}
+
+/// The process ends.
+pub fn end_launcher(index: usize) {
+    let mut table = TABLE.exclusive();
+    if let Some(launcher) = &mut table.launchers[index] {
+        launcher.has_ended = true;
+    }
+    if let Some(process) = table.supervisor {
+        process::wake(process.number);
+    }
 }
 
 pub fn launcher_must_stop(index: usize) -> bool {
@@ -272,7 +326,7 @@ pub fn launcher_must_stop(index: usize) -> bool {
 }
 
 /// A place for a worker of that number. None: all are taken.
-pub fn add_worker(number: i32, owner: pg_sys::Oid) -> Option<usize> {
+pub fn add_worker(number: i32, owner: pg_sys::Oid, quiet: bool) -> Option<usize> {
     let mut table = TABLE.exclusive();
     let database = process::database();
     let free = |worker: &Worker| worker.state == State::Free;
@@ -293,6 +347,7 @@ pub fn add_worker(number: i32, owner: pg_sys::Oid) -> Option<usize> {
         number,
         owner,
         counts,
+        quiet,
         launcher: process::number(),
         ..Worker::FREE
     };
@@ -355,10 +410,11 @@ pub fn free(index: usize, is_restart: bool) {
 }
 
 /// Asks it to end after its batch.
-pub fn stop(index: usize) {
+pub fn stop(index: usize, quiet: bool) {
     let mut table = TABLE.exclusive();
     let worker = &mut table.workers[index];
     worker.must_stop = true;
+    worker.quiet = quiet;
     if let Some(process) = worker.process {
         process::wake(process.number);
     }
@@ -371,6 +427,7 @@ pub fn abandon_workers() {
     let workers = table.workers.iter_mut();
     for worker in workers.filter(|worker| worker.database == database) {
         worker.must_stop = true;
+        worker.quiet = false;
         if worker.state == State::Ended {
             worker.state = State::Free;
         }
@@ -390,8 +447,8 @@ pub fn begin_worker(index: usize) -> (pg_sys::Oid, pg_sys::Oid) {
     (worker.database, worker.owner)
 }
 
-/// The worker is connected. Returns its number.
-pub fn worker_is_ready(index: usize) -> i32 {
+/// The worker is connected. Returns its number, and whether to be quiet about it.
+pub fn worker_is_ready(index: usize) -> (i32, bool) {
     let now = process::now();
     let mut table = TABLE.exclusive();
     let worker = &mut table.workers[index];
@@ -400,13 +457,13 @@ pub fn worker_is_ready(index: usize) -> i32 {
         worker.state = State::Idle;
     }
     process::wake(worker.launcher);
-    worker.number
+    (worker.number, worker.quiet)
 }
 
 /// What a worker finds when it looks.
 pub enum Task {
     Nothing,
-    Stop,
+    Stop { quiet: bool },
     Run { projection: String, tenant: String },
 }
 
@@ -423,7 +480,9 @@ pub fn next_task(index: usize) -> Task {
         };
     }
     if worker.must_stop {
-        Task::Stop
+        Task::Stop {
+            quiet: worker.quiet,
+        }
     } else {
         Task::Nothing
     }

@@ -4,12 +4,14 @@ How a page is read:
 - The blocks marked `sql` and `python` run in the order of the page, in one psql session and one fresh database.
 - A block marked `text` directly after one is its output. Times, runs of spaces and the rules of tables are not compared.
 - An error is only accepted where it is shown. It is printed as by psql with VERBOSITY verbose, without the LOCATION line.
-- Python connects with libpq's environment variables. All other blocks (`sh`, `text` elsewhere) are not looked at.
+- Python connects with libpq's environment variables. All other blocks (`text` elsewhere, `sh` but for one) are not looked at.
+- Pages run on a server without the library preloaded, all but that of the workers.
 """
 
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from itertools import zip_longest
@@ -17,11 +19,13 @@ from pathlib import Path
 
 import pytest
 from psycopg import sql
-from server import BINDIR
+from server import BINDIR, wait_until
+from sessions import push
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
+WORKER_PAGE = ROOT / "docs" / "worker.md"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOISE = [
@@ -83,16 +87,8 @@ def run(db, blocks, directory):
     script = "\\set VERBOSITY verbose\n\\pset pager off\n"
     for block in blocks:
         script += f"\\echo <<<{block.line}\n{block.script(directory)}\n\\echo >>>\n"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
-        "PGHOST": str(db.cluster.host),
-        "PGPORT": str(db.cluster.port),
-        "PGUSER": "postgres",
-        "PGDATABASE": db.name,
-        "PGTZ": "UTC",
-        "LC_ALL": "C.UTF-8",
-    }
     result = subprocess.run(
-        [BINDIR / "psql", "-X", "-q"], env=environment, input=script, text=True,
+        [BINDIR / "psql", "-X", "-q"], env=environment_of(db), input=script, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
     )  # fmt: skip
     outputs = dict(re.findall(r"^<<<(\d+)\n(.*?)^>>>$", result.stdout, re.MULTILINE | re.DOTALL))
@@ -100,8 +96,29 @@ def run(db, blocks, directory):
     return [outputs[str(block.line)] for block in blocks]
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks_of(path)], ids=lambda path: path.name)
+def environment_of(db):
+    """What tells a client where the database is."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
+        "PGHOST": str(db.cluster.host),
+        "PGPORT": str(db.cluster.port),
+        "PGUSER": "postgres",
+        "PGDATABASE": db.name,
+        "PGTZ": "UTC",
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks_of(path) and path != WORKER_PAGE], ids=lambda path: path.name)
 def test_a_page_shows_what_the_server_prints(path, db, roles, tmp_path):
+    check(path, db, tmp_path)
+
+
+def test_the_workers_page_shows_what_a_server_with_workers_prints(cluster, new_database, tmp_path):
+    preloaded = cluster(shared_preload_libraries="lockstep")
+    check(WORKER_PAGE, new_database(preloaded, "app"), tmp_path)
+
+
+def check(path, db, tmp_path):
     blocks = blocks_of(path)
     wrong = []
     for block, output in zip(blocks, run(db, blocks, tmp_path), strict=True):
@@ -114,11 +131,39 @@ def test_a_page_shows_what_the_server_prints(path, db, roles, tmp_path):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_shell_loop_applies_what_is_pushed(db):
+    (loop,) = re.findall(r"^```sh\n(#!/bin/sh\n.*?)^```$", WORKER_PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    session = db.connect()
+    session.execute(
+        """CREATE TABLE public.seen (position numeric);
+        CREATE FUNCTION public.see(event lockstep.events) RETURNS void LANGUAGE sql
+            BEGIN ATOMIC INSERT INTO public.seen VALUES (event.position); END;
+        SELECT lockstep.projection_create('seen', handler => 'public.see(lockstep.events)')"""
+    )
+    pushed = [push(session), push(session, tenant="another")]
+    environment = environment_of(db)
+    environment["PATH"] = f"{BINDIR}:{environment['PATH']}"
+    process = subprocess.Popen(["sh", "-c", loop], env=environment, start_new_session=True)
+
+    def seen():
+        return [position for (position,) in session.execute("SELECT position FROM public.seen ORDER BY 1").fetchall()]
+
+    try:
+        wait_until(lambda: seen() == pushed)
+        pushed.append(push(session))
+        wait_until(lambda: seen() == pushed)
+        assert process.poll() is None
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def test_the_pages_have_blocks_to_run():
     for path in (README, ROOT / "docs" / "event_log.md", ROOT / "docs" / "projection.md"):
         languages = {block.language for block in blocks_of(path)}
         assert languages == {"sql", "python"}, path.name
         assert any(block.output for block in blocks_of(path)), path.name
+    assert any(block.output for block in blocks_of(WORKER_PAGE))
 
 
 def test_a_wrong_output_is_noticed():

@@ -19,7 +19,8 @@ def wait(connection, up_to, timeout="30 seconds", name="p", **arguments):
 
 def wait_until_it_waits(observer, connection):
     """Until the session is inside projection_wait and asleep."""
-    query = "SELECT wait_event = 'Extension' FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+    # Before PostgreSQL 17 an extension's waits have no name of their own.
+    query = "SELECT wait_event IN ('LockstepWait', 'Extension') FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
     pid = connection.info.backend_pid
     wait_until(lambda: (observer.execute(query, (pid,)).fetchone() or [False])[0])
 

@@ -100,6 +100,7 @@ class Claim:
 @dataclass
 class Resource:
     incarnation: int
+    created_by: int
     generation: int = 0
     replicas: dict = field(default_factory=dict)
     claims: dict = field(default_factory=dict)
@@ -118,6 +119,10 @@ class Model:
     def tell(self, row):
         call, resource, answer = row["call"], self.resources.get(row["resource"]), row["answer"]
         live = resource is not None and not resource.deleted
+        # Once a tombstone is purged there is no row to lock: a call that finds nothing may be numbered after a creation that had
+        # not yet committed.
+        if live and answer in ("false", "gone") and row["n"] - resource.created_by < 50:
+            live = False
         expected = getattr(self, call)(row, resource if live else None)
         given = {"create": row["incarnation"], "increment": row["generation"], "authoritative": row["generation"]}.get(call, answer)
         self.answers[f"{call} {answer or 'done'}"] += 1
@@ -128,7 +133,7 @@ class Model:
         before = self.resources.get(row["resource"])
         if resource or (before and before.incarnation >= row["incarnation"]):
             return "no such creation"
-        self.resources[row["resource"]] = Resource(row["incarnation"], replicas=dict.fromkeys(row["replicas"], 0))
+        self.resources[row["resource"]] = Resource(row["incarnation"], row["n"], replicas=dict.fromkeys(row["replicas"], 0))
         return row["incarnation"]
 
     def delete(self, _, resource):
