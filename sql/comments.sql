@@ -136,3 +136,63 @@ COMMENT ON FUNCTION lockstep.workers_are_on() IS
 'Whether workers run in this database: the library is preloaded and lockstep.databases names it.';
 COMMENT ON VIEW lockstep.worker_status IS
 'This database''s workers: role, what each is doing and for how long, its batches, events, events per second over the last 10 seconds, errors, and restarts after it ended without being told to. Counts are since the server''s start.';
+
+COMMENT ON SEQUENCE lockstep.token IS
+'Tokens of leases, syncs and jobs, and incarnations. Shared by all, so that none is used twice. CACHE must stay 1.';
+
+COMMENT ON TABLE lockstep.resources IS
+'Resources of the generation registry, and tombstones of deleted ones. Changed by resource_create, generation_increment and their like.';
+COMMENT ON COLUMN lockstep.resources.incarnation IS 'Drawn at each creation: calls that name another one say gone.';
+COMMENT ON COLUMN lockstep.resources.generation IS 'Grows with each change; a replica at it is current.';
+COMMENT ON COLUMN lockstep.resources.changed_at IS 'When the generation was raised, or the resource created or deleted.';
+COMMENT ON COLUMN lockstep.resources.deleted_at IS 'Of a tombstone: since when.';
+
+COMMENT ON TABLE lockstep.replicas IS
+'What each replica of a resource holds, and who is syncing it. Changed by replica_sync_begin, replica_sync_finish and their like.';
+COMMENT ON COLUMN lockstep.replicas.generation IS 'What the replica holds; null: nothing.';
+COMMENT ON COLUMN lockstep.replicas.synced_at IS 'When the generation was recorded.';
+COMMENT ON COLUMN lockstep.replicas.due_at IS 'From when on the replica wants a sync; null: it is current.';
+COMMENT ON COLUMN lockstep.replicas.sync_token IS 'The claim of the sync under way, if there is one.';
+COMMENT ON COLUMN lockstep.replicas.sync_generation IS 'What the sync under way will have brought: the resource''s generation at its beginning.';
+COMMENT ON COLUMN lockstep.replicas.sync_source IS 'The replica that the sync under way copies from; null: the truth lives elsewhere.';
+COMMENT ON COLUMN lockstep.replicas.sync_source_lost IS 'That source was taken out, or forced to an older generation, since the sync began.';
+COMMENT ON COLUMN lockstep.replicas.retry_count IS 'Failures since the last success.';
+COMMENT ON COLUMN lockstep.replicas.retry_at IS 'No sync begins before.';
+COMMENT ON COLUMN lockstep.replicas.missing_at_source IS 'The last sync found nothing at the source.';
+
+COMMENT ON FUNCTION lockstep.resource_create(text, text[], text) IS
+'Creates a resource at generation 0, held by the replicas, and returns its incarnation. Raises 42710.';
+COMMENT ON FUNCTION lockstep.resource_delete(text, text) IS
+'Deletes a resource and its replicas and leaves a tombstone: what comes late says gone. False: there was none.';
+COMMENT ON FUNCTION lockstep.resource_purge(interval, text) IS
+'Removes tombstones that are at least so old and have no live claim; returns their number. Raises 25000.';
+COMMENT ON FUNCTION lockstep.generation_increment(text, text[], text) IS
+'Adds one to a resource''s generation and returns it. replicas NULL: the truth elsewhere has changed; else the current ones among them follow. Raises LS005, 42704.';
+COMMENT ON FUNCTION lockstep.generation_set(text, text, bigint, bigint, boolean, text) IS
+'Records what a replica holds: applied, unchanged, downgrade (refused) or gone. Raises 42704.';
+COMMENT ON FUNCTION lockstep.generation_replicated(text, text, text, text) IS
+'The generation that the target will hold after a copy from the source; null: the source holds nothing. Raises LS004, 42704.';
+COMMENT ON FUNCTION lockstep.generation_current(text, text) IS
+'The replicas at the resource''s generation. Raises 42704.';
+COMMENT ON FUNCTION lockstep.replica_make_authoritative(text, text, text) IS
+'Gives the resource a new generation that only this replica holds, and returns it. Raises 42704.';
+COMMENT ON FUNCTION lockstep.replica_delete(text, text, text) IS
+'Takes a replica out. False: it was not there.';
+COMMENT ON FUNCTION lockstep.replica_invalidate(text, text, text) IS
+'Takes out a replica whose content proved bad; the resource is deleted with its last one. False: it was not there.';
+COMMENT ON FUNCTION lockstep.replica_sync_begin(text, text, text, text, interval, text) IS
+'Begins a sync: started (with token and generation), current, busy, backoff or gone. A named source must be current. Raises LS006, 42704.';
+COMMENT ON FUNCTION lockstep.replica_sync_renew(text, text, bigint, interval, text) IS
+'Keeps a sync''s claim live for ttl from now. False: it is no longer the caller''s.';
+COMMENT ON FUNCTION lockstep.replica_sync_finish(text, text, bigint, text, boolean, text) IS
+'Ends a sync: current, outdated (sync again), failed, missing, source_lost, lost or gone. Judges by what is there after its wait.';
+COMMENT ON FUNCTION lockstep.replicas_due(int, text) IS
+'Picks replicas that want a sync, the longest due first; nobody else picks them until the transaction ends. Waits for nobody. Raises 25000.';
+COMMENT ON FUNCTION lockstep.replica_sync_claim(text, int, interval, text) IS
+'Picks replicas that want a sync and begins their syncs. Waits for nobody. Raises 25000.';
+COMMENT ON FUNCTION lockstep.registry_follow(text, text, text[], text) IS
+'Does to the registry what an event says: created, incremented, deleted, gone or ignored. For a projection''s handler.';
+COMMENT ON VIEW lockstep.replica_status IS
+'Each replica: current, syncing, backoff, missing, outdated, or gone (the claim that keeps a tombstone); how far behind, since when a sync is wanted, who is syncing, what failed.';
+COMMENT ON VIEW lockstep.resource_status IS
+'Each resource: whether all, some (partly) or no replicas are current, or gone (a tombstone); their numbers.';

@@ -111,6 +111,44 @@ pub enum Error {
         ticket: i64,
         value: i64,
     },
+    /// The target of a replication is not behind its source; what holds nothing has no generation.
+    GenerationDowngrade {
+        resource: String,
+        source: String,
+        target: String,
+        source_generation: Option<i64>,
+        target_generation: i64,
+    },
+    /// A write to replicas of which none is current; `actual` lists them with their generations.
+    OutdatedReplica {
+        resource: String,
+        generation: i64,
+        actual: String,
+    },
+    /// The source that a sync names is not at the resource's generation.
+    SourceNotCurrent {
+        resource: String,
+        source: String,
+        actual: Option<i64>,
+        expected: i64,
+    },
+    UndefinedResource {
+        resource: String,
+        deleted: bool,
+    },
+    UndefinedReplica {
+        resource: String,
+        replica: String,
+    },
+    DuplicateResource {
+        resource: String,
+        incarnation: i64,
+    },
+}
+
+/// A replica's generation in a DETAIL.
+fn held(generation: Option<i64>) -> String {
+    generation.map_or_else(|| "none".into(), |generation| generation.to_string())
 }
 
 impl Error {
@@ -129,6 +167,9 @@ impl Error {
             Error::ClaimNotHeld { .. } => "LS002",
             Error::LeaseLost { .. } => "LS003",
             Error::CannotPrepare(_) => "0A000",
+            Error::GenerationDowngrade { .. } => "LS004",
+            Error::OutdatedReplica { .. } => "LS005",
+            Error::SourceNotCurrent { .. } => "LS006",
             Error::InvalidParameter { .. } => "22023",
             Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
@@ -138,8 +179,10 @@ impl Error {
             Error::TriggerProtocol(_) => "39P01",
             Error::SerializationFailure(_) => "40001",
             Error::Spi(_) => "XX000",
-            Error::UndefinedProjection(_) => "42704",
-            Error::DuplicateProjection(_) => "42710",
+            Error::UndefinedProjection(_)
+            | Error::UndefinedResource { .. }
+            | Error::UndefinedReplica { .. } => "42704",
+            Error::DuplicateProjection(_) | Error::DuplicateResource { .. } => "42710",
             Error::NotOwner { .. } | Error::NotMember { .. } | Error::HandlerDenied(_) => "42501",
             Error::TooManyEvents { .. } | Error::TooManyKeys { .. } => "54000",
             Error::TicketBehindLog { .. }
@@ -199,11 +242,33 @@ impl Error {
             Error::TicketNotAbove { ticket, value } => {
                 format!("Ticket drawn {ticket}, last ticket drawn before {value}.")
             }
+            Error::GenerationDowngrade {
+                source_generation,
+                target_generation,
+                ..
+            } => format!(
+                "Target generation {target_generation}, source generation {}.",
+                held(*source_generation)
+            ),
+            Error::OutdatedReplica {
+                generation, actual, ..
+            } => format!("Actual generations {actual}, expected {generation}."),
+            Error::SourceNotCurrent {
+                actual, expected, ..
+            } => format!("Actual generation {}, expected {expected}.", held(*actual)),
+            Error::UndefinedResource { deleted: true, .. } => {
+                return Some(Cow::Borrowed("It was deleted."));
+            }
+            Error::DuplicateResource { incarnation, .. } => {
+                format!("Actual incarnation {incarnation}, expected none.")
+            }
             Error::NullArgument(_)
             | Error::NullElement(_)
             | Error::ReadOnly { .. }
             | Error::UndefinedProjection(_)
             | Error::DuplicateProjection(_)
+            | Error::UndefinedResource { deleted: false, .. }
+            | Error::UndefinedReplica { .. }
             | Error::NotMember { .. }
             | Error::NoHandler(_)
             | Error::HandlerDenied(_)
@@ -281,10 +346,22 @@ impl Error {
             Error::NotSkipped { .. } => {
                 Some("The projection itself applies it again, until max_failures is reached.")
             }
+            Error::GenerationDowngrade { .. } => {
+                Some("Do not replicate: it would overwrite what is as new or newer.")
+            }
+            Error::OutdatedReplica { .. } => Some(
+                "Write to a current replica (see generation_current), or sync one of these first.",
+            ),
+            Error::SourceNotCurrent { .. } => {
+                Some("Name a current replica as the source: see generation_current.")
+            }
+            Error::UndefinedResource { .. } => Some("Create it with resource_create."),
+            Error::DuplicateResource { .. } => Some("Delete it first with resource_delete."),
             Error::UniqueViolation { .. }
             | Error::NullArgument(_)
             | Error::NullElement(_)
             | Error::UndefinedProjection(_)
+            | Error::UndefinedReplica { .. }
             | Error::NotOwner { .. }
             | Error::NotMember { .. }
             | Error::HandlerDenied(_)
@@ -424,6 +501,45 @@ impl fmt::Display for Error {
             }
             Error::TicketNotAbove { .. } => {
                 f.write_str("the ticket sequence gave a ticket out of order")
+            }
+            Error::GenerationDowngrade {
+                resource,
+                source,
+                target,
+                target_generation,
+                ..
+            } => write!(
+                f,
+                "replica \"{target}\" of resource \"{resource}\" is at generation {target_generation}, not behind \"{source}\""
+            ),
+            Error::OutdatedReplica {
+                resource,
+                generation,
+                ..
+            } => write!(
+                f,
+                "none of the replicas named is at generation {generation} of resource \"{resource}\""
+            ),
+            Error::SourceNotCurrent {
+                resource,
+                source,
+                expected,
+                ..
+            } => write!(
+                f,
+                "source \"{source}\" is not at generation {expected} of resource \"{resource}\""
+            ),
+            Error::UndefinedResource { resource, .. } => {
+                write!(f, "resource \"{resource}\" does not exist")
+            }
+            Error::UndefinedReplica { resource, replica } => {
+                write!(
+                    f,
+                    "replica \"{replica}\" of resource \"{resource}\" does not exist"
+                )
+            }
+            Error::DuplicateResource { resource, .. } => {
+                write!(f, "resource \"{resource}\" already exists")
             }
         }
     }

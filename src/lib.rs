@@ -9,6 +9,7 @@ mod argument;
 mod catalog;
 mod error;
 mod event_log;
+mod generation;
 mod guc;
 mod jsonb;
 mod lease;
@@ -28,13 +29,18 @@ mod wakeup;
 mod worker;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
+extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
 extension_sql_file!(
     "../sql/projection.sql",
     name = "projection",
     requires = ["event_log"]
 );
-extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
 extension_sql_file!("../sql/lease.sql", name = "lease", requires = ["token"]);
+extension_sql_file!(
+    "../sql/generation.sql",
+    name = "generation",
+    requires = ["token"]
+);
 extension_sql_file!(
     "../sql/status.sql",
     name = "status",
@@ -60,6 +66,7 @@ extension_sql_file!(
         event_log::read_events,
         event_log::aggregate_events,
         event_log::ticket_resync,
+        recovery::after_data_loss,
         projection::projection_create,
         projection::projection_alter,
         projection::projection_drop,
@@ -85,7 +92,23 @@ extension_sql_file!(
         lease::lease_steal,
         lease::lease_take,
         lease::lease_delete_expired,
-        recovery::after_data_loss,
+        "generation",
+        generation::resource_create,
+        generation::resource_delete,
+        generation::resource_purge,
+        generation::generation_increment,
+        generation::generation_set,
+        generation::generation_replicated,
+        generation::generation_current,
+        generation::replica_make_authoritative,
+        generation::replica_delete,
+        generation::replica_invalidate,
+        generation::replica_sync_begin,
+        generation::replica_sync_renew,
+        generation::replica_sync_finish,
+        generation::replicas_due,
+        generation::replica_sync_claim,
+        generation::registry_follow,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -108,6 +131,9 @@ mod event_log_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/failure.rs"]
 mod failure_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/generation.rs"]
+mod generation_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lease.rs"]
 mod lease_tests;

@@ -3,6 +3,7 @@
 use pgrx::prelude::*;
 
 use crate::error::{Error, OrRaise};
+use crate::generation;
 use crate::lease;
 use crate::sequence::{TICKET, TOKEN};
 use crate::snapshot;
@@ -19,9 +20,11 @@ const GAP: i64 = 1 << 32;
 fn after_data_loss() {
     let run = || {
         snapshot::require_read_write("after_data_loss")?;
+        // Before the sequence is locked: who is acquiring, or beginning a sync, holds its row and then draws.
+        lease::raise_tokens(GAP);
+        generation::raise_tokens(GAP);
         TICKET.raise(|value| value.saturating_add(GAP));
         TOKEN.raise(|value| value.saturating_add(GAP));
-        lease::raise_tokens(GAP);
         Ok::<_, Error>(())
     };
     run().or_raise()

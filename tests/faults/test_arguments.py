@@ -29,14 +29,18 @@ VALID = {
     "event_types": "ARRAY['added']",
     "events": """'[{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}]'""",
     "expected_sequence": "2",
+    "force": "false",
+    "generation": "7",
     "handler": "'public.handle(lockstep.events)'",
     "holder": "'a'",
     "if_not_exists": "true",
+    "incarnation": "1",
     "lock_delay": "'0'",
     "max_duration": "'1 minute'",
     "max_events": "1",
     "max_failures": "5",
     "max_position": "2",
+    "max_replicas": "10",
     "max_rows": "10",
     "metadata": "'{}'",
     "min_hold": "'0'",
@@ -46,8 +50,14 @@ VALID = {
     "owner": "current_user",
     "payload": "'{}'",
     "reason": "'test'",
+    "missing_at_source": "false",
+    "replica": "'a'",
+    "replicas": "ARRAY['a']",
+    "resource": "'r'",
     "retry_after": "'1 second'",
+    "source": "'a'",
     "start_after": "0",
+    "target": "'c'",
     "tenant": "''",
     "timeout": "'1 millisecond'",
     "token": "(SELECT last_value FROM lockstep.token)",
@@ -61,6 +71,8 @@ MEANS_SOMETHING = {
     "aggregate_events": {"max_events"},
     "lease_acquire": {"metadata"},
     "lease_renew": {"ttl"},
+    "generation_increment": {"replicas"},
+    "generation_set": {"incarnation"},
     "projection_advance": {"up_to"},
     "projection_alter": {
         "aggregate_types",
@@ -78,6 +90,10 @@ MEANS_SOMETHING = {
     "projection_run": {"max_duration", "max_events"},
     "push_event": {"expected_sequence", "metadata", "payload"},
     "read_events": {"aggregate_types", "event_types"},
+    "replica_sync_begin": {"source"},
+    "replica_sync_claim": {"tenant"},
+    "replica_sync_finish": {"error"},
+    "replicas_due": {"tenant"},
 }
 
 CLAIM = "SELECT * FROM lockstep.projection_claim('p')"
@@ -96,16 +112,19 @@ BEFORE = {
     "projection_advance": CLAIM,
     "projection_fail": CLAIM,
     "projection_run": HANDLER,
+    "resource_create": "SELECT lockstep.resource_delete('r')",
 }
 
 
 @pytest.fixture
 def session(db):
-    """A session in a database with two events, the projection `p` and a handler."""
+    """A session in a database with two events, the projection `p`, a handler, and the resource `r`, of which `c` is behind."""
     connection = db.connect()
     connection.execute(
         """
         SELECT lockstep.projection_create('p');
+        SELECT lockstep.resource_create('r', '{a,c}');
+        SELECT lockstep.generation_increment('r', '{a}');
         CREATE FUNCTION public.handle(lockstep.events) RETURNS void LANGUAGE sql AS '';
         CREATE FUNCTION public.mishandle(int) RETURNS void LANGUAGE sql AS '';
         """
@@ -179,6 +198,9 @@ def test_a_null_in_an_array_of_names_is_refused(session):
         ("aggregate_types", "SELECT lockstep.projection_create('n', aggregate_types => ARRAY[NULL, 'a'])"),
         ("event_types", "SELECT lockstep.projection_alter('p', event_types => ARRAY[NULL]::text[])"),
         ("names", "SELECT lockstep.projection_due(ARRAY['p', NULL])"),
+        ("replicas", "SELECT lockstep.resource_create('n', ARRAY['a', NULL])"),
+        ("replicas", "SELECT lockstep.generation_increment('r', ARRAY['a', NULL])"),
+        ("replicas", "SELECT lockstep.registry_follow('updated', 'r', ARRAY['a', NULL])"),
     ):
         with raises("22004") as caught:
             session.execute(query)
@@ -296,6 +318,45 @@ BAD = [
     ("lease_delete_expired('-1 second')", "older_than"),
     ("lease_delete_expired('1001 years')", "older_than"),
     ("projection_due(ARRAY[''])", "names"),
+    ("resource_create('')", "resource"),
+    (f"resource_create({LONG})", "resource"),
+    ("resource_create('n', ARRAY[''])", "replicas"),
+    (f"resource_create('n', tenant => {LONG})", "tenant"),
+    ("resource_delete('')", "resource"),
+    ("resource_purge('-1 second')", "older_than"),
+    ("resource_purge('1100 years')", "older_than"),
+    (f"resource_purge('1 day', {LONG})", "tenant"),
+    ("generation_increment('')", "resource"),
+    ("generation_increment('r', ARRAY['a', ''])", "replicas"),
+    ("generation_set('', 'a', 1)", "resource"),
+    ("generation_set('r', '', 1)", "replica"),
+    (f"generation_set('r', {LONG}, 1)", "replica"),
+    ("generation_set('r', 'a', -1)", "generation"),
+    ("generation_replicated('', 'a', 'c')", "resource"),
+    ("generation_replicated('r', '', 'c')", "source"),
+    ("generation_replicated('r', 'a', '')", "target"),
+    ("generation_current('')", "resource"),
+    ("replica_make_authoritative('r', '')", "replica"),
+    ("replica_delete('r', '')", "replica"),
+    ("replica_invalidate('r', '')", "replica"),
+    ("replica_sync_begin('', 'c', 'w')", "resource"),
+    ("replica_sync_begin('r', '', 'w')", "target"),
+    ("replica_sync_begin('r', 'c', '')", "holder"),
+    ("replica_sync_begin('r', 'c', 'w', '')", "source"),
+    ("replica_sync_begin('r', 'c', 'w', ttl => '0')", "ttl"),
+    ("replica_sync_begin('r', 'c', 'w', ttl => '-1 second')", "ttl"),
+    ("replica_sync_renew('r', '', 1)", "target"),
+    ("replica_sync_renew('r', 'c', 1, '0')", "ttl"),
+    ("replica_sync_finish('', 'c', 1)", "resource"),
+    ("replica_sync_finish('r', '', 1)", "target"),
+    ("replicas_due(0)", "max_replicas"),
+    (f"replicas_due(1, {LONG})", "tenant"),
+    ("replica_sync_claim('')", "holder"),
+    ("replica_sync_claim('w', 0)", "max_replicas"),
+    ("replica_sync_claim('w', 1, '0')", "ttl"),
+    (f"replica_sync_claim('w', tenant => {LONG})", "tenant"),
+    ("registry_follow('', 'r')", "event_type"),
+    ("registry_follow('updated', '')", "resource"),
 ]
 
 
@@ -317,6 +378,10 @@ def test_an_infinite_interval_is_no_duration(session):
             "lease_acquire('l', 'a', ttl => %s)",
             "lease_acquire('l', 'a', min_hold => %s)",
             "lease_delete_expired(%s)",
+            "resource_purge(%s)",
+            "replica_sync_begin('r', 'c', 'w', ttl => %s)",
+            "replica_sync_renew('r', 'c', 1, %s)",
+            "replica_sync_claim('w', ttl => %s)",
         ):
             with raises("22023"):
                 session.execute(f"SELECT lockstep.{call}", (value,))
@@ -386,9 +451,16 @@ def test_a_bad_array_of_events_is_22023_naming_the_element_and_the_key_and_pushe
         "projection_resume('unknown')",
         "failed_event_retry('unknown', 1)",
         "failed_event_discard('unknown', 1)",
+        "generation_increment('unknown')",
+        "generation_set('unknown', 'a', 1)",
+        "generation_replicated('unknown', 'a', 'c')",
+        "generation_current('unknown')",
+        "replica_make_authoritative('unknown', 'a')",
+        "replica_make_authoritative('r', 'unknown')",
+        "replica_sync_begin('unknown', 'a', 'w')",
     ],
 )
-def test_an_unknown_projection_is_42704_naming_it(session, expression):
+def test_what_is_unknown_is_42704_naming_it(session, expression):
     with raises("42704") as caught:
         session.execute(f"SELECT * FROM lockstep.{expression}")
     assert '"unknown"' in caught.value.diag.message_primary

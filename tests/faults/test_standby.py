@@ -97,6 +97,20 @@ def test_what_writes_or_locks_is_refused(request, db, where):
         "projection_drop": ("'p'", ()),
         "projection_claim": ("'p'", ()),
         "projection_advance": ("'p'", ()),
+        "resource_create": ("'new'", ()),
+        "resource_delete": ("'r'", ()),
+        "resource_purge": ("'1 day'", ()),
+        "generation_increment": ("'r'", ()),
+        "generation_set": ("'r', 'a', 1", ()),
+        "replica_make_authoritative": ("'r', 'a'", ()),
+        "replica_delete": ("'r', 'a'", ()),
+        "replica_invalidate": ("'r', 'a'", ()),
+        "replica_sync_begin": ("'r', 'a', 'w'", ()),
+        "replica_sync_renew": ("'r', 'a', 1", ()),
+        "replica_sync_finish": ("'r', 'a', 1", ()),
+        "replicas_due": ("", ()),
+        "replica_sync_claim": ("'w'", ()),
+        "registry_follow": ("'updated', 'r'", ()),
     }
     if where == "a standby":
         refused |= dict.fromkeys(("barrier", "horizon", "projection_due"), ("", ()))
@@ -107,6 +121,19 @@ def test_what_writes_or_locks_is_refused(request, db, where):
             session.execute(f"SELECT * FROM lockstep.{name}({arguments})", values)
         assert name in caught.value.diag.message_primary
         assert caught.value.diag.message_hint
+
+
+def test_a_standby_shows_the_registry(pair):
+    database, standby = pair
+    session = database.connect()
+    call(session, "resource_create", resource="r", replicas=["a", "b"])
+    call(session, "generation_increment", resource="r", replicas=["a"])
+    database.cluster.wait_for_replay(standby)
+    replica = standby.connect(database.name)
+    assert call(replica, "generation_current", resource="r") == [("a",)]
+    assert call(replica, "generation_replicated", resource="r", source="a", target="b") == [(1,)]
+    states = replica.execute("SELECT replica, state FROM lockstep.replica_status ORDER BY 1").fetchall()
+    assert states == [("a", "current"), ("b", "outdated")]
 
 
 def test_a_promoted_standby_goes_on_above_the_old_positions_and_loses_nothing(pair):

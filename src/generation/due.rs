@@ -1,0 +1,165 @@
+//! What wants a sync: the pick among it that several workers make without meeting, and the claim of what was picked.
+//!
+//! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked: it waits for nobody, so the
+//! order in which it meets resources cannot deadlock. Until its transaction ends nobody else picks the same.
+
+use pgrx::datum::{Interval, TimestampWithTimeZone};
+use std::collections::HashSet;
+
+use crate::snapshot::{self, At};
+use crate::spi::{Arg, Plan, Spi};
+
+/// A replica that was picked, or claimed.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Name {
+    pub tenant: String,
+    pub resource: String,
+    pub replica: String,
+}
+
+pub struct Due {
+    pub name: Name,
+    pub held: Option<i64>,
+    pub generation: i64,
+    pub due_at: Option<TimestampWithTimeZone>,
+}
+
+pub struct Claimed {
+    pub name: Name,
+    pub token: i64,
+    pub incarnation: i64,
+    pub generation: i64,
+}
+
+/// Picks up to `max` replicas, the longest due first; `tenant` None: of any tenant, each getting an equal share as long as it
+/// has so many.
+pub fn due(max: usize, tenant: Option<&str>) -> Vec<Due> {
+    pick(&Spi::connect(), max, tenant)
+}
+
+/// Picks and claims, as `sync::begin` without a source does.
+pub fn claim(max: usize, tenant: Option<&str>, holder: &str, ttl: Interval) -> Vec<Claimed> {
+    let spi = Spi::connect();
+    let picked = pick(&spi, max, tenant);
+    claim_picked(&spi, &picked, holder, ttl)
+}
+
+fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
+    if let Some(tenant) = tenant {
+        return pick_of(spi, tenant, max);
+    }
+    let mut tenants = tenants(spi, max);
+    let mut share = 0;
+    let mut picked: Vec<Due> = Vec::new();
+    let mut names = HashSet::new();
+    while picked.len() < max && !tenants.is_empty() {
+        share += (max - picked.len()).div_ceil(tenants.len());
+        tenants.retain(|tenant| {
+            if picked.len() >= max {
+                return false;
+            }
+            // What this transaction has picked before comes again: it skips the locks of others only.
+            let of_tenant = pick_of(spi, tenant, share);
+            let more = of_tenant.len() == share;
+            let new = of_tenant
+                .into_iter()
+                .filter(|due| names.insert(due.name.clone()));
+            picked.extend(new.take(max - picked.len()));
+            more
+        });
+    }
+    picked
+}
+
+/// Tenants with something due, the one that has waited longest first: one descent of the index for each.
+fn tenants(spi: &Spi, max: usize) -> Vec<String> {
+    static TENANTS: Plan = Plan::new(
+        "WITH RECURSIVE walk (tenant, due_at) AS (
+             (SELECT p.tenant, p.due_at FROM lockstep.replicas AS p
+              WHERE p.due_at IS NOT NULL ORDER BY p.tenant, p.due_at LIMIT 1)
+             UNION ALL
+             SELECT n.tenant, n.due_at
+             FROM walk
+             CROSS JOIN LATERAL (SELECT p.tenant, p.due_at FROM lockstep.replicas AS p
+                                 WHERE p.due_at IS NOT NULL AND p.tenant > walk.tenant
+                                 ORDER BY p.tenant, p.due_at LIMIT 1) AS n
+         )
+         SELECT walk.tenant FROM walk WHERE walk.due_at <= pg_catalog.clock_timestamp() ORDER BY walk.due_at LIMIT $1",
+    );
+    let rows = spi.read(&TENANTS, At::Latest, &[Arg::from(max as i64)]);
+    (0..rows.count())
+        .filter_map(|row| rows.get(row, 1))
+        .collect()
+}
+
+fn pick_of(spi: &Spi, tenant: &str, max: usize) -> Vec<Due> {
+    static PICK: Plan = Plan::new(
+        "SELECT p.resource, p.replica, p.generation, r.generation, p.due_at
+         FROM lockstep.replicas AS p
+         JOIN lockstep.resources AS r ON r.tenant = p.tenant AND r.resource = p.resource
+         WHERE p.tenant = $1 AND p.due_at <= pg_catalog.clock_timestamp()
+           AND (p.sync_token IS NULL OR p.sync_expires_at <= pg_catalog.clock_timestamp())
+         ORDER BY p.due_at LIMIT $2
+         FOR SHARE OF r SKIP LOCKED FOR NO KEY UPDATE OF p SKIP LOCKED",
+    );
+    let rows = spi.write(&PICK, &[Arg::from(tenant), Arg::from(max as i64)]);
+    let due = |row| {
+        Some(Due {
+            name: Name {
+                tenant: tenant.to_owned(),
+                resource: rows.get(row, 1)?,
+                replica: rows.get(row, 2)?,
+            },
+            held: rows.get(row, 3),
+            generation: rows.get(row, 4)?,
+            due_at: rows.get(row, 5),
+        })
+    };
+    (0..rows.count()).filter_map(due).collect()
+}
+
+fn claim_picked(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<Claimed> {
+    static CLAIM: Plan = Plan::new(
+        "UPDATE lockstep.replicas AS p
+         SET sync_token = pg_catalog.nextval('lockstep.token'), sync_holder = $4, sync_source = NULL,
+             sync_started_at = pg_catalog.clock_timestamp(), sync_expires_at = pg_catalog.clock_timestamp() + $5,
+             sync_generation = r.generation, sync_source_lost = false, retry_at = NULL, missing_at_source = false
+         FROM unnest($1::text[], $2::text[], $3::text[]) AS n (tenant, resource, replica)
+         JOIN lockstep.resources AS r ON r.tenant = n.tenant AND r.resource = n.resource
+         WHERE p.tenant = n.tenant AND p.resource = n.resource AND p.replica = n.replica
+         RETURNING p.tenant, p.resource, p.replica, p.sync_token, r.incarnation, p.sync_generation",
+    );
+    if picked.is_empty() {
+        return Vec::new();
+    }
+    let column = |of: fn(&Name) -> &String| {
+        Arg::from(
+            picked
+                .iter()
+                .map(|due| of(&due.name).clone())
+                .collect::<Vec<_>>(),
+        )
+    };
+    let args = [
+        column(|name| &name.tenant),
+        column(|name| &name.resource),
+        column(|name| &name.replica),
+        Arg::from(holder),
+        Arg::from(ttl),
+    ];
+    let rows = spi.write(&CLAIM, &args);
+    snapshot::force_synchronous_commit();
+    let claimed = |row| {
+        Some(Claimed {
+            name: Name {
+                tenant: rows.get(row, 1)?,
+                resource: rows.get(row, 2)?,
+                replica: rows.get(row, 3)?,
+            },
+            token: rows.get(row, 4)?,
+            incarnation: rows.get(row, 5)?,
+            generation: rows.get(row, 6)?,
+        })
+    };
+    (0..rows.count()).filter_map(claimed).collect()
+}
