@@ -108,7 +108,7 @@ pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Err
 }
 
 /// The longest span of time: sums with it stay within what a timestamptz holds.
-const MAX_SPAN_DAYS: i128 = 366 * 1000;
+const MAX_SPAN_DAYS: i128 = 1000 * 12 * 30;
 
 /// A finite interval that is not negative, as elapsed time: a day is 24 hours and a month 30 days, in whatever time zone.
 pub fn span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
