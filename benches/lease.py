@@ -98,7 +98,7 @@ def query(sql):
 
 
 def bloat(bench, minutes):
-    """10,000 leases, each renewed every 10 seconds, half of the renewals in a transaction that another guard overlaps."""
+    """10,000 leases, each renewed every 10 seconds, guards of random ones beside them."""
     psql("-f", HERE / "lease.sql", "-c", "TRUNCATE lockstep.leases")
     psql("-c", f"SELECT bench.fill('lease-', {LEASES})", "-c", "VACUUM ANALYZE lockstep.leases")
     psql("-c", "SELECT pg_stat_reset_single_table_counters('lockstep.leases'::regclass)")

@@ -795,6 +795,47 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_tenant_whose_syncs_are_running_does_not_hide_another() {
+        for tenant in ["first", "second"] {
+            run(&format!(
+                "SELECT lockstep.resource_create('r', '{{a,b}}', '{tenant}'), lockstep.generation_increment('r', '{{a}}', '{tenant}')"
+            ));
+        }
+        let claim =
+            "SELECT resource_tenant FROM lockstep.replica_sync_claim('w', 1, '1 hour', NULL)";
+        assert_eq!(list(claim), "first");
+        assert_eq!(list(claim), "second");
+        assert_eq!(list(claim), "");
+    }
+
+    #[pg_test]
+    fn what_was_forced_down_during_a_sync_is_not_put_back_by_it() {
+        registry();
+        let token = started("'r', 'c', 'w'");
+        run("SELECT lockstep.generation_set('r', 'c', 2, force => true)");
+        assert_eq!(finish("c", token), "lost");
+        assert_eq!(
+            list("SELECT generation FROM lockstep.replicas WHERE replica = 'c'"),
+            "2"
+        );
+    }
+
+    #[pg_test]
+    fn a_backoff_lasts_when_the_generation_is_raised_meanwhile() {
+        registry();
+        let token = started("'r', 'c', 'w'");
+        run("SELECT lockstep.generation_set('r', 'c', 5)");
+        run(&format!(
+            "SELECT lockstep.replica_sync_finish('r', 'c', {token}, 'no')"
+        ));
+        run("SELECT lockstep.generation_increment('r', '{a}')");
+        assert_eq!(
+            list("SELECT status FROM lockstep.replica_sync_begin('r', 'c', 'w')"),
+            "backoff"
+        );
+    }
+
+    #[pg_test]
     fn tenants_get_equal_shares_of_what_is_due_in_any() {
         let fill = |tenant: &str, count: usize| {
             run(&format!(

@@ -99,7 +99,7 @@ COMMENT ON COLUMN lockstep.leases.lock_delay IS 'How long it stays closed after 
 COMMENT ON COLUMN lockstep.leases.stolen_from IS 'Who held it when lease_steal took it, if anybody did.';
 
 COMMENT ON FUNCTION lockstep.lease_acquire(text, text, interval, jsonb, interval, interval) IS
-'Acquires a lease for ttl unless somebody else holds it; the holder itself renews it. Waits for nobody. Raises 22023, 22004.';
+'Acquires a lease for ttl unless somebody else holds it; the holder itself renews it. Waits for nobody but the same holder''s renewal or release in flight. Raises 22023, 22004.';
 COMMENT ON FUNCTION lockstep.lease_renew(text, bigint, interval) IS
 'Makes a held lease last for ttl (NULL: its own) from now: renewed; or expired, lost, unknown.';
 COMMENT ON FUNCTION lockstep.lease_release(text, bigint) IS

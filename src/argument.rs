@@ -101,8 +101,11 @@ pub fn not_negative(argument: &'static str, value: Interval) -> Result<Interval,
 /// An interval that is finite and above 0.
 pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Error> {
     let value = not_negative(argument, value)?;
-    match u64::try_from(microseconds(&value)) {
-        Ok(microseconds) if microseconds > 0 => Ok(Duration::from_micros(microseconds)),
+    match microseconds(&value) {
+        // Half a million years are as good as any more.
+        1.. => Ok(Duration::from_micros(
+            u64::try_from(microseconds(&value)).unwrap_or(u64::MAX),
+        )),
         _ => Err(Error::invalid(format!("{argument} must be above 0"))),
     }
 }

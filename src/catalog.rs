@@ -20,6 +20,15 @@ pub fn has_extension() -> bool {
     extension() == found
 }
 
+/// A table or sequence of the extension. Raises if its schema is gone.
+pub fn relation(name: &CStr) -> pg_sys::Oid {
+    // SAFETY: two look-ups in the system caches.
+    unsafe {
+        let schema = pg_sys::get_namespace_oid(c"lockstep".as_ptr(), false);
+        pg_sys::get_relname_relid(name.as_ptr(), schema)
+    }
+}
+
 /// The names of the databases that can be connected to. A scan without an index: a process that is connected to no database may have none to use.
 pub fn databases() -> Vec<String> {
     let mut names = Vec::new();

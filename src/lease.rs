@@ -43,14 +43,15 @@ use crate::procedure::{self, Outcome};
 use crate::snapshot;
 use crate::spi::{Columns, Table};
 use acquire::{Answer, Request};
-use hold::Renewal;
+use hold::{Renewal, Wait};
 
 pub use overview::raise_tokens;
 
 /// Acquires the lease for `ttl`, if nobody holds it and it is not closed; the holder itself renews it and keeps its token.
 ///
 /// Where `acquired` is false, `held_by` and `expires_at` say who holds it until when, or when it opens, if that is known. Waits for
-/// nobody: a lease that another transaction guards, renews or is acquiring is refused at once. `min_hold` keeps it closed for so
+/// nobody but the same holder's own renewal or release in flight: a lease that another transaction guards or is acquiring is refused
+/// at once. `min_hold` keeps it closed for so
 /// long after this acquisition, released or not; `lock_delay` keeps it closed for so long after it expired. The token counts once
 /// the transaction has committed. Raises 22023, 22004, 25006, and 55000 when the token sequence is behind.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
@@ -71,6 +72,7 @@ fn lease_acquire<'a>(
             metadata,
             min_hold: argument::span("min_hold", min_hold)?,
             lock_delay: argument::span("lock_delay", lock_delay)?,
+            wait: Wait::ForRow,
         };
         snapshot::require_read_write("lease_acquire")?;
         acquire::acquire(&request)
@@ -96,6 +98,7 @@ fn lease_steal(
             metadata: None,
             min_hold: Interval::from_micros(0),
             lock_delay: Interval::from_micros(0),
+            wait: Wait::ForNothing,
         };
         let reason = argument::name("reason", reason)?;
         snapshot::require_read_write("lease_steal")?;
@@ -258,6 +261,7 @@ fn lease_take(
             metadata: None,
             min_hold: Interval::from_micros(0),
             lock_delay: Interval::from_micros(0),
+            wait: Wait::ForNothing,
         };
         let timeout = argument::duration("timeout", argument::required("timeout", timeout)?)?;
         procedure::require_own_transaction("lease_take", call)?;

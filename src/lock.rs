@@ -299,6 +299,14 @@ pub fn lock_sequence(sequence: pg_sys::Oid) {
     unsafe { pg_sys::LockRelationOid(sequence, pg_sys::ShareRowExclusiveLock as pg_sys::LOCKMODE) }
 }
 
+/// Waits, obeying lock_timeout, until no open transaction has written the table or locked a row of it; none can until this one
+/// ends. Readers go on.
+pub fn lock_table(table: pg_sys::Oid) {
+    let _owner = LockOwner::subtransaction();
+    // SAFETY: an ordinary relation lock until the transaction's end.
+    unsafe { pg_sys::LockRelationOid(table, pg_sys::ExclusiveLock as pg_sys::LOCKMODE) }
+}
+
 /// Who holds a lock: a backend, or a prepared transaction, which has no process and the pid 0.
 #[derive(Clone, Copy)]
 pub struct Holder {

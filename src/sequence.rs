@@ -4,6 +4,7 @@ use pgrx::datum::IntoDatum;
 use pgrx::pg_sys;
 use std::ffi::CStr;
 
+use crate::catalog;
 use crate::lock;
 use crate::snapshot::At;
 use crate::spi::{Plan, Spi};
@@ -74,10 +75,6 @@ impl Sequence {
 
     /// Looked up at each use: the extension may be dropped and created again within a session.
     fn oid(&self) -> pg_sys::Oid {
-        // SAFETY: two look-ups in the system caches; the first raises if the schema is gone.
-        unsafe {
-            let schema = pg_sys::get_namespace_oid(c"lockstep".as_ptr(), false);
-            pg_sys::get_relname_relid(self.name.as_ptr(), schema)
-        }
+        catalog::relation(self.name)
     }
 }

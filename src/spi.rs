@@ -1,8 +1,8 @@
 //! SQL from Rust: plans that a backend keeps, run inside an SPI connection that closes itself, reading and writing told apart.
 //!
 //! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
-//! It is always generic, and planned with sequential scans, bitmap scans and sorts off: each statement here walks an index in
-//! the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
+//! It is always generic, and planned with sequential scans, bitmap scans, sorts and all joins but nested loops off: each statement
+//! here walks an index in the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
 //! statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
 
 use once_cell::sync::OnceCell;
@@ -248,6 +248,9 @@ impl Prepared {
                 (c"enable_seqscan", c"off"),
                 (c"enable_bitmapscan", c"off"),
                 (c"enable_sort", c"off"),
+                (c"enable_hashjoin", c"off"),
+                (c"enable_mergejoin", c"off"),
+                (c"enable_material", c"off"),
                 // What is off counts as so expensive that a statement of microseconds would be compiled for a second.
                 (c"jit", c"off"),
             ]);

@@ -3,7 +3,7 @@
 //! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked: it waits for nobody, so the
 //! order in which it meets resources cannot deadlock. Until its transaction ends nobody else picks the same.
 
-use pgrx::datum::{Interval, TimestampWithTimeZone};
+use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 use std::collections::HashSet;
 
 use crate::snapshot::{self, At};
@@ -48,7 +48,7 @@ fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
     if let Some(tenant) = tenant {
         return pick_of(spi, tenant, max);
     }
-    let mut tenants = tenants(spi, max);
+    let mut tenants = tenants(spi);
     let mut share = 0;
     let mut picked: Vec<Due> = Vec::new();
     let mut names = HashSet::new();
@@ -71,8 +71,9 @@ fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
     picked
 }
 
-/// Tenants with something due, the one that has waited longest first: one descent of the index for each.
-fn tenants(spi: &Spi, max: usize) -> Vec<String> {
+/// All tenants with something due, the one that has waited longest first: one descent of the index for each. What is due may be
+/// claimed already, so the first ones may have nothing to pick.
+fn tenants(spi: &Spi) -> Vec<String> {
     static TENANTS: Plan = Plan::new(
         "WITH RECURSIVE walk (tenant, due_at) AS (
              (SELECT p.tenant, p.due_at FROM lockstep.replicas AS p
@@ -84,25 +85,31 @@ fn tenants(spi: &Spi, max: usize) -> Vec<String> {
                                  WHERE p.due_at IS NOT NULL AND p.tenant > walk.tenant
                                  ORDER BY p.tenant, p.due_at LIMIT 1) AS n
          )
-         SELECT walk.tenant FROM walk WHERE walk.due_at <= pg_catalog.clock_timestamp() ORDER BY walk.due_at LIMIT $1",
+         SELECT walk.tenant FROM walk WHERE walk.due_at <= $1 ORDER BY walk.due_at",
     );
-    let rows = spi.read(&TENANTS, At::Latest, &[Arg::from(max as i64)]);
+    let rows = spi.read(&TENANTS, At::Latest, &[Arg::from(clock_timestamp())]);
     (0..rows.count())
         .filter_map(|row| rows.get(row, 1))
         .collect()
 }
 
 fn pick_of(spi: &Spi, tenant: &str, max: usize) -> Vec<Due> {
+    // The clock is read before: a pick waits for nothing, and the index is walked only as far as something is due. Without the
+    // || the planner would know the resource's tenant, and might walk all its resources.
     static PICK: Plan = Plan::new(
         "SELECT p.resource, p.replica, p.generation, r.generation, p.due_at
          FROM lockstep.replicas AS p
-         JOIN lockstep.resources AS r ON r.tenant = p.tenant AND r.resource = p.resource
-         WHERE p.tenant = $1 AND p.due_at <= pg_catalog.clock_timestamp()
-           AND (p.sync_token IS NULL OR p.sync_expires_at <= pg_catalog.clock_timestamp())
+         JOIN lockstep.resources AS r ON r.tenant = p.tenant || '' AND r.resource = p.resource
+         WHERE p.tenant = $1 AND p.due_at <= $3 AND (p.sync_token IS NULL OR p.sync_expires_at <= $3)
          ORDER BY p.due_at LIMIT $2
          FOR SHARE OF r SKIP LOCKED FOR NO KEY UPDATE OF p SKIP LOCKED",
     );
-    let rows = spi.write(&PICK, &[Arg::from(tenant), Arg::from(max as i64)]);
+    let args = [
+        Arg::from(tenant),
+        Arg::from(max as i64),
+        Arg::from(clock_timestamp()),
+    ];
+    let rows = spi.write(&PICK, &args);
     let due = |row| {
         Some(Due {
             name: Name {

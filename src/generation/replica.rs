@@ -1,6 +1,7 @@
 //! What each replica holds: writing, copying, and taking replicas out. All of it under the exclusive lock of the resource.
 
 use super::resource::{self, Key, Resource, with};
+use super::sync;
 use crate::error::Error;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
@@ -14,6 +15,7 @@ pub fn increment(key: Key, replicas: Option<&[String]>) -> Result<i64, Error> {
     );
     let spi = Spi::connect();
     let before = resource::lock_live(&spi, key)?;
+    let generation = next(before)?;
     if let Some(replicas) = replicas {
         let args = with(
             key,
@@ -27,7 +29,8 @@ pub fn increment(key: Key, replicas: Option<&[String]>) -> Result<i64, Error> {
             });
         }
     }
-    raise(&spi, key, before)
+    raise_to(&spi, key, generation);
+    Ok(generation)
 }
 
 /// The generations of the replicas, for a DETAIL.
@@ -44,13 +47,9 @@ fn actual(spi: &Spi, key: Key, replicas: &[String]) -> String {
 }
 
 /// The resource's next generation.
-fn raise(spi: &Spi, key: Key, before: Resource) -> Result<i64, Error> {
-    let generation = before
-        .generation
-        .checked_add(1)
-        .ok_or_else(|| Error::invalid("generation out of range"))?;
-    raise_to(spi, key, generation);
-    Ok(generation)
+fn next(before: Resource) -> Result<i64, Error> {
+    let next = before.generation.checked_add(1);
+    next.ok_or_else(|| Error::invalid("generation out of range"))
 }
 
 /// Gives the resource this generation. What is not at it wants a sync; what has wanted one for longer keeps its place. That the
@@ -62,7 +61,9 @@ fn raise_to(spi: &Spi, key: Key, generation: i64) {
              WHERE tenant = $1 AND resource = $2
          )
          UPDATE lockstep.replicas
-         SET due_at = pg_catalog.clock_timestamp(), missing_at_source = false,
+         SET due_at = CASE WHEN missing_at_source THEN pg_catalog.clock_timestamp()
+                           ELSE GREATEST(pg_catalog.clock_timestamp(), retry_at) END,
+             missing_at_source = false,
              retry_at = CASE WHEN missing_at_source THEN NULL ELSE retry_at END,
              retry_count = CASE WHEN missing_at_source THEN 0 ELSE retry_count END
          WHERE tenant = $1 AND resource = $2 AND generation IS DISTINCT FROM $3 AND (due_at IS NULL OR missing_at_source)",
@@ -127,6 +128,8 @@ pub fn set(key: Key, holds: &Holds) -> Result<&'static str, Error> {
         raise_to(&spi, key, holds.generation);
     } else if holds.force {
         orphan(&spi, key, holds.replica);
+        // A sync that began before would put back what was forced down.
+        sync::release(&spi, key, holds.replica);
     }
     Ok("applied")
 }
@@ -194,7 +197,8 @@ pub fn make_authoritative(key: Key, replica: &str) -> Result<i64, Error> {
     );
     let spi = Spi::connect();
     let before = resource::lock_live(&spi, key)?;
-    let generation = raise(&spi, key, before)?;
+    let generation = next(before)?;
+    raise_to(&spi, key, generation);
     let args = with(key, [Arg::from(replica), Arg::from(generation)]);
     if spi.write(&FOLLOW, &args).count() == 0 {
         return Err(Error::UndefinedReplica {

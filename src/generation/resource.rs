@@ -211,14 +211,15 @@ pub fn purge(tenant: &str, older_than: Interval) -> Result<i64, Error> {
     // A claim that was made and orphaned while the rows were being locked is live, and not in the snapshot of that statement.
     static DELETE: Plan = Plan::new(
         "WITH purged AS (
-             DELETE FROM lockstep.resources AS r USING unnest($2::text[]) AS n (resource)
-             WHERE r.tenant = $1 AND r.resource = n.resource
+             DELETE FROM lockstep.resources AS r
+             WHERE r.tenant = $1 AND r.resource = ANY ($2)
                AND NOT EXISTS (SELECT FROM lockstep.replicas AS p
                                WHERE p.tenant = r.tenant AND p.resource = r.resource
                                  AND p.sync_expires_at > pg_catalog.clock_timestamp())
              RETURNING r.resource
          ), claims AS (
-             DELETE FROM lockstep.replicas AS p USING purged WHERE p.tenant = $1 AND p.resource = purged.resource
+             DELETE FROM lockstep.replicas AS p
+             WHERE p.tenant = $1 AND p.resource = ANY (ARRAY(SELECT purged.resource FROM purged))
          )
          SELECT pg_catalog.count(*) FROM purged",
     );

@@ -254,6 +254,7 @@ pub fn finish(key: Key, target: &str, token: i64, end: &End) -> Result<&'static 
 }
 
 /// What most syncs come to, without a look at the replica's row before it is written: no source to judge, and the claim there.
+/// The times that it records may be from before a wait for that row: nothing expires by them.
 /// None: it is not so plain, and nothing was done.
 fn finish_plainly(
     spi: &Spi,
@@ -314,7 +315,7 @@ fn source_is_lost(spi: &Spi, key: Key, found: &Found) -> bool {
 }
 
 /// Ends a claim that brought nothing, through no fault of the target.
-fn release(spi: &Spi, key: Key, target: &str) {
+pub fn release(spi: &Spi, key: Key, target: &str) {
     static RELEASE: Plan = Plan::new(
         "UPDATE lockstep.replicas
          SET sync_token = NULL, sync_holder = NULL, sync_started_at = NULL, sync_expires_at = NULL,
@@ -353,5 +354,5 @@ pub fn raise_tokens(by: i64) {
     static RAISE: Plan = Plan::joining(
         "UPDATE lockstep.replicas SET sync_token = sync_token + $1 WHERE sync_token IS NOT NULL",
     );
-    Spi::connect().write(&RAISE, &[Arg::from(by)]);
+    Spi::connect().write_latest(&RAISE, &[Arg::from(by)]);
 }

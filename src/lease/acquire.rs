@@ -3,7 +3,7 @@
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
-use super::hold;
+use super::hold::{self, Wait};
 use super::state::{self, Lease, opens_at};
 use crate::error::Error;
 use crate::jsonb::Jsonb;
@@ -20,6 +20,8 @@ pub struct Request<'a> {
     pub metadata: Option<Jsonb<'a>>,
     pub min_hold: Interval,
     pub lock_delay: Interval,
+    /// For the holder's own renewals and releases that are in flight.
+    pub wait: Wait,
 }
 
 #[derive(Default)]
@@ -67,7 +69,7 @@ enum Attempt {
     Moved,
 }
 
-/// Waits for nobody but for renewals of the same holder. A refusal leaves nothing locked.
+/// Waits for nobody but, where it is asked to, for renewals and releases of the same holder. A refusal leaves nothing locked.
 pub fn acquire(request: &Request) -> Result<Answer, Error> {
     let spi = Spi::connect();
     loop {
@@ -94,17 +96,18 @@ fn renew_own(spi: &Spi, request: &Request, token: i64) -> Attempt {
         "UPDATE lockstep.leases AS l
          SET renewed_at = $2, expires_at = $2 + $3, ttl = $3, metadata = COALESCE($4, l.metadata),
              min_hold_until = GREATEST(l.min_hold_until, CASE WHEN $5 > interval '0' THEN l.acquired_at + $5 END),
-             lock_delay = $6
+             lock_delay = CASE WHEN $6 > interval '0' THEN $6 ELSE l.lock_delay END
          WHERE l.name = $1
          RETURNING l.token, l.holder, l.expires_at, $2 + $3 / 2",
     );
-    let tag = Tag::lease(request.name);
-    if !tag.try_acquire(Mode::RowShare) {
+    if !Tag::lease(request.name).try_acquire(Mode::RowShare) {
         return Attempt::Refused;
     }
-    let Some(now) = hold::lock_held(spi, request.name, token) else {
-        tag.release(Mode::RowShare);
-        return Attempt::Moved;
+    let Some(now) = hold::lock_held(spi, request.name, token, request.wait) else {
+        return match request.wait {
+            Wait::ForRow => Attempt::Moved,
+            Wait::ForNothing => Attempt::Refused,
+        };
     };
     let args = [
         Arg::from(request.name),

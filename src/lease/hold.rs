@@ -21,16 +21,41 @@ pub enum Renewal {
     Unknown,
 }
 
-/// Locks the row of a lease that is held with this token, and returns the time then; None if it is not held so. What was seen
-/// to be expired is not locked: it would stay so, and closed to all, until the transaction ends.
-pub fn lock_held(spi: &Spi, name: &str, token: i64) -> Option<TimestampWithTimeZone> {
-    static LOCK: Plan = Plan::new(
-        "SELECT l.expires_at FROM lockstep.leases AS l
-         WHERE l.name = $1 AND l.token = $2 AND l.holder IS NOT NULL AND l.expires_at > pg_catalog.clock_timestamp()
-         FOR NO KEY UPDATE",
-    );
+/// Whether to wait for a renewal, a release or a theft of the lease that is in flight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    ForRow,
+    ForNothing,
+}
+
+/// Locks the row of a lease that is held with this token, and returns the time then; None if it is not held so. The caller has
+/// LEASE as a renewal; it is given back here where no row was locked. What was seen to be expired is not locked: it would stay
+/// so, and closed to all, until the transaction ends.
+pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<TimestampWithTimeZone> {
+    macro_rules! lock {
+        ($skip:literal) => {
+            Plan::new(concat!(
+                "SELECT l.expires_at FROM lockstep.leases AS l
+                 WHERE l.name = $1 AND l.token = $2 AND l.holder IS NOT NULL
+                   AND l.expires_at > pg_catalog.clock_timestamp()
+                 FOR NO KEY UPDATE",
+                $skip
+            ))
+        };
+    }
+    static LOCK: Plan = lock!("");
+    static LOCK_IF_FREE: Plan = lock!(" SKIP LOCKED");
+    let plan = match wait {
+        Wait::ForRow => &LOCK,
+        Wait::ForNothing => &LOCK_IF_FREE,
+    };
     let args = [Arg::from(name), Arg::from(token)];
-    let expires_at: TimestampWithTimeZone = spi.write_latest(&LOCK, &args).get(0, 1)?;
+    let locked: Option<TimestampWithTimeZone> = spi.write_latest(plan, &args).get(0, 1);
+    let Some(expires_at) = locked else {
+        Tag::lease(name).release(Mode::RowShare);
+        return None;
+    };
+    // One that expired during the wait stays locked, and so LEASE: who takes the row always has LEASE.
     let now = clock_timestamp();
     (expires_at > now).then_some(now)
 }
@@ -44,10 +69,9 @@ pub fn renew(name: &str, token: i64, ttl: Option<Interval>) -> Result<Renewal, E
          RETURNING l.expires_at, $2 + l.ttl / 2",
     );
     let spi = Spi::connect();
-    let tag = Tag::lease(name);
-    tag.acquire(Mode::RowShare);
     loop {
-        if let Some(now) = lock_held(&spi, name, token) {
+        Tag::lease(name).acquire(Mode::RowShare);
+        if let Some(now) = lock_held(&spi, name, token, Wait::ForRow) {
             let args = [Arg::from(name), Arg::from(now), Arg::from(ttl)];
             let rows = spi.write_latest(&RENEW, &args);
             if let (Some(expires_at), Some(renew_before)) = (rows.get(0, 1), rows.get(0, 2)) {
@@ -57,15 +81,13 @@ pub fn renew(name: &str, token: i64, ttl: Option<Interval>) -> Result<Renewal, E
                 });
             }
         }
-        let refusal = match state::read(&spi, name) {
+        return Ok(match state::read(&spi, name) {
             None => Renewal::Unknown,
             // Renewed by another session just before it expired.
             Some(lease) if lease.is_held_with(token) => continue,
             Some(lease) if lease.holder.is_some() && lease.token == token => Renewal::Expired,
             Some(_) => Renewal::Lost,
-        };
-        tag.release(Mode::RowShare);
-        return Ok(refusal);
+        });
     }
 }
 
@@ -75,10 +97,8 @@ pub fn release(name: &str, token: i64) -> Result<bool, Error> {
         "UPDATE lockstep.leases AS l SET holder = NULL, metadata = NULL, expires_at = $2 WHERE l.name = $1",
     );
     let spi = Spi::connect();
-    let tag = Tag::lease(name);
-    tag.acquire(Mode::RowShare);
-    let Some(now) = lock_held(&spi, name, token) else {
-        tag.release(Mode::RowShare);
+    Tag::lease(name).acquire(Mode::RowShare);
+    let Some(now) = lock_held(&spi, name, token, Wait::ForRow) else {
         return Ok(false);
     };
     spi.write_latest(&RELEASE, &[Arg::from(name), Arg::from(now)]);

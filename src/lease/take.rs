@@ -21,7 +21,13 @@ pub fn take(request: &Request, timeout: Duration) -> Result<Answer, Error> {
         }
         // Until the next try commits: lease_status shows who waits.
         Tag::lease_waiter(request.name).acquire(Mode::Shared);
-        Ok(Look::NotYet(Some(time_left(&answer))))
+        let is_own = answer.held_by.as_deref() == Some(request.holder);
+        Ok(Look::NotYet(Some(if is_own {
+            // Its own renewal or release is in flight.
+            wakeup::poll_interval()
+        } else {
+            time_left(&answer)
+        })))
     })?;
     Ok(answer)
 }

@@ -110,6 +110,36 @@ def test_a_same_holders_acquisition_that_waited_for_a_release_gets_a_new_token(d
     assert (acquired and new > token) or new is None
 
 
+def test_a_take_by_the_holder_itself_keeps_to_its_timeout_while_a_renewal_is_in_flight(db):
+    renewing, holder = db.connect(), db.connect(options="-c lock_timeout=5s")
+    token = token_of(holder, "a")
+    renewing.execute("BEGIN")
+    renewing.execute("SELECT lockstep.lease_renew('job', %s)", (token,))
+    take = "CALL lockstep.lease_take('job', 'a', '10 seconds', '200 milliseconds')"
+    assert holder.execute(take).fetchone()[0] is False
+    renewing.execute("COMMIT")
+    assert holder.execute(take).fetchone()[:2] == (True, token)
+
+
+def test_a_renewal_that_finds_its_lease_expired_after_a_wait_does_not_deadlock_a_theft(db):
+    first, second, thief = db.connect(), db.connect(), db.connect(options="-c lock_timeout=300ms")
+    token = token_of(first, "a")
+    first.execute("BEGIN")
+    first.execute("SELECT lockstep.lease_renew('job', %s)", (token,))
+    second.execute("BEGIN")
+    waiting = start(renew, second, token)
+    wait_for_lock_wait(db.connect(), second.info.backend_pid)
+    first.execute("UPDATE lockstep.leases SET expires_at = clock_timestamp() + interval '50 ms'")
+    first.execute("SELECT pg_sleep(0.1)")
+    first.execute("COMMIT")
+    assert waiting.result(10)[0] == "expired"
+    with raises("55P03") as caught:
+        thief.execute("SELECT lockstep.lease_steal('job', 'b', '1 s', 'test')")
+    assert str(second.info.backend_pid) in caught.value.diag.message_hint
+    second.execute("COMMIT")
+    thief.execute("SELECT lockstep.lease_steal('job', 'b', '1 s', 'test')")
+
+
 def test_an_acquisition_and_a_refusal_never_wait_for_a_row_lock(db):
     blocker, other = db.connect(), db.connect(options="-c lock_timeout=100ms")
     token_of(blocker, "a")
