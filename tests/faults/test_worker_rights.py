@@ -1,8 +1,8 @@
 """As whom a worker runs a handler: as the projection's owner, connected as that role, and as nobody else whatever happens."""
 
 import pytest
-from server import wait_until
-from sessions import push
+from server import wait_for_lock_wait, wait_until
+from sessions import push, start
 from workers import NOTE, Log, pids, sleeps
 
 ESCAPES = [
@@ -274,6 +274,32 @@ def test_a_projection_that_is_given_away_while_it_is_queued_runs_as_its_new_owne
     gate.execute("SELECT pg_advisory_unlock(4711)")
     app.wait_for(positions, tenant="queued")
     assert who(app) == [(other, other)]
+
+
+def test_a_projection_that_is_given_away_when_a_worker_was_told_to_run_it_runs_as_its_new_owner(app):
+    other = app.role("other")
+    app.admin.execute(f"GRANT USAGE ON SCHEMA {app.owner} TO {other}")
+    app.project(body=NOTE + "PERFORM pg_advisory_xact_lock_shared(4711);")
+    gate, stopper = app.db.connect(), app.db.connect()
+    gate.execute("SELECT pg_advisory_lock(4711)")
+    app.turn_on(workers=1)
+    app.push("first")
+    app.wait_for_handler()
+    app.push("second")
+    wait_for_looks(app)
+    # A claim reads this table, the end of a batch does not.
+    stopper.execute("BEGIN")
+    locked = start(stopper.execute, "LOCK TABLE lockstep.projection_pauses")
+    wait_for_lock_wait(app.admin, stopper.info.backend_pid)
+    gate.execute("SELECT pg_advisory_unlock(4711)")
+    locked.result(30)
+    stopped = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'lockstep.projection_pauses'::regclass"
+    wait_until(lambda: app.applied() and app.admin.execute(stopped).fetchone())
+    app.admin.execute("SELECT lockstep.projection_owner('p', %s::regrole)", (other,))
+    stopper.execute("COMMIT")
+    wait_until(lambda: len(app.applied()) == 2)
+    rows = app.admin.execute("SELECT tenant, who, session FROM public.applied ORDER BY nth").fetchall()
+    assert rows == [("first", app.owner, app.owner), ("second", other, other)]
 
 
 def test_a_projection_that_changes_hands_under_load_runs_as_its_owners_and_loses_nothing(app):
