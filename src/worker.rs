@@ -1,6 +1,7 @@
 //! Workers: background processes that run every projection that has a handler, so that nothing else needs to run.
 //!
-//! Invariant: a handler runs only in a process that is connected as the projection's owner, and only while that role owns it.
+//! Invariant: a handler runs only in a process that is connected as the projection's owner, in a batch that began while that role
+//! owned it.
 //!
 //! With the library preloaded the postmaster starts one *supervisor*. It keeps a *launcher* running in each database of
 //! `lockstep.databases`. A launcher knows which (projection, tenant) pairs are due ([`queue`]) and hands them, one at a time, to
