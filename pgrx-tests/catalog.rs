@@ -15,7 +15,8 @@ mod tests {
     /// What must know its caller runs with the caller's rights; see `rights.rs`.
     const INVOKER: &str =
         "'projection_create', 'projection_alter', 'projection_drop', 'projection_owner',
-         'projection_run', 'projection_reset', 'projection_pause', 'projection_resume', 'failed_event_retry'";
+         'projection_run', 'projection_reset', 'projection_pause', 'projection_resume', 'failed_event_retry',
+         'job_wait'";
 
     #[pg_test]
     fn every_function_and_relation_has_a_comment() {
@@ -98,12 +99,13 @@ mod tests {
     }
 
     #[pg_test]
-    fn the_ticket_sequence_caches_nothing() {
+    fn the_sequences_cache_nothing() {
         assert_eq!(
-            one::<i64>(
-                "SELECT seqcache FROM pg_sequence WHERE seqrelid = 'lockstep.ticket'::regclass"
+            list(
+                "SELECT seqcache FROM pg_sequence
+                 WHERE seqrelid IN ('lockstep.ticket'::regclass, 'lockstep.token'::regclass)"
             ),
-            1
+            "1,1"
         );
     }
 }

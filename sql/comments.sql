@@ -51,7 +51,7 @@ COMMENT ON FUNCTION lockstep.aggregate_events(text, text, bigint, int, text) IS
 COMMENT ON FUNCTION lockstep.ticket_resync() IS
 'Sets the ticket sequence above the log and returns its value. Waits for the pushes in flight; pushes wait for it until its transaction ends.';
 COMMENT ON FUNCTION lockstep.after_data_loss() IS
-'Raises the ticket sequence by 2^32. For use once after a failover or point-in-time recovery that lost commits.';
+'Raises the ticket and every token by 2^32; tokens handed out before count no more. For use once after a failover or point-in-time recovery that lost commits.';
 
 COMMENT ON FUNCTION lockstep.projection_create(text, text[], text[], regprocedure, int, int, interval, numeric, boolean) IS
 'Creates a projection owned by the caller; false if it was there and if_not_exists is true. start_after NULL: after what each tenant has settled now. Raises 42710.';
@@ -85,6 +85,64 @@ COMMENT ON FUNCTION lockstep.failed_event_retry(text, numeric, text) IS
 'Applies a skipped event again with the handler, with the caller''s rights; true if it succeeded. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
 COMMENT ON FUNCTION lockstep.failed_event_discard(text, numeric, text) IS
 'Forgets a skipped event. Waits for a running claim. Raises 42704, 22023, 55000, 25000.';
+
+COMMENT ON SEQUENCE lockstep.token IS
+'Tokens of leases, syncs and jobs, and incarnations. Shared by all, so that none is used twice. CACHE must stay 1.';
+COMMENT ON SEQUENCE lockstep.job_id IS
+'Ids of jobs. Among jobs of one priority the least is claimed first.';
+
+COMMENT ON TABLE lockstep.jobs IS
+'Jobs that are ready or in progress. Written by the job functions alone.';
+COMMENT ON COLUMN lockstep.jobs.key IS 'At most one job of it is in progress. Null: no limit, no twins.';
+COMMENT ON COLUMN lockstep.jobs.attempts_left IS 'Attempts after the one in progress. Null: it is retried for ever.';
+COMMENT ON COLUMN lockstep.jobs.token IS 'Of the claim; a former claim''s is refused.';
+COMMENT ON COLUMN lockstep.jobs.claimed_until IS 'After that another claim may take it over. Until one does, the worker still has it.';
+COMMENT ON COLUMN lockstep.jobs.previous_holder IS 'Whose attempt was the last to fail or expire; last_error says how.';
+COMMENT ON COLUMN lockstep.jobs.enqueued IS 'How many calls of job_enqueue it stands for.';
+COMMENT ON COLUMN lockstep.jobs.slot IS 'Its place among the jobs in progress of a queue with a limit.';
+COMMENT ON COLUMN lockstep.jobs.retry_id IS 'Keeps a job that failed apart from a twin that is being enqueued: its id, or 0.';
+COMMENT ON COLUMN lockstep.jobs.delayed_until IS 'run_at, where that was in the future when it was written.';
+COMMENT ON COLUMN lockstep.jobs.lane IS '1 without a key, plus 2 when delayed: what claims read apart.';
+
+COMMENT ON TABLE lockstep.dead_jobs IS
+'Dead letters: jobs whose attempts are used up, until job_requeue, job_discard or job_purge.';
+COMMENT ON TABLE lockstep.queues IS
+'What queue_configure, queue_pause and queue_resume said of a queue, in a tenant or in every one. Null: not said.';
+COMMENT ON TABLE lockstep.queue_statistics IS
+'Sums over about the last thousands of completed jobs of a queue, in seconds, in several parts. See lockstep.queue_status.';
+COMMENT ON VIEW lockstep.queue_status IS
+'Each queue and tenant: jobs ready, delayed, in progress, expired and dead; age of the oldest ready one; mean wait and run of completed ones.';
+
+COMMENT ON FUNCTION lockstep.job_enqueue(text, text, text, jsonb, int, interval, int, text, text) IS
+'Enqueues a job, or returns its ready twin with enqueued = false. Waits for who enqueues the same or claims the twin. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_claim(text, text, int, interval, text) IS
+'Claims up to max_jobs jobs for ttl, at most one of a key, expired claims included; commit before working. tenant NULL: any. Waits for nobody. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_renew(bigint[], bigint[], interval) IS
+'Makes claims last for ttl from now; returns the jobs still claimed with these tokens. Waits for nobody. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_complete(bigint, bigint) IS
+'Removes a job that is done: completed; or lost, if it is not claimed with this token (then roll back).';
+COMMENT ON FUNCTION lockstep.job_fail(bigint, bigint, text, interval) IS
+'Ends a failed attempt: retry, dead, or lost. retry_after NULL: exponential backoff with jitter. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_guard(bigint, bigint) IS
+'Raises LS007 unless the job is claimed with this token; nobody takes it over until this transaction ends.';
+COMMENT ON FUNCTION lockstep.job_cancel(bigint) IS
+'Removes a job that is ready or in progress; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_requeue(bigint) IS
+'Makes a dead job ready again with all its attempts; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_discard(bigint) IS
+'Deletes a dead job; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_purge(interval, text) IS
+'Deletes the jobs that have been dead for at least older_than; returns how many. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_reap(text) IS
+'Ends expired claims: ready again, merged or dead; returns how many. tenant NULL: every one. Waits for nobody. Raises 22023.';
+COMMENT ON PROCEDURE lockstep.job_wait(text, interval, boolean, text) IS
+'Waits until a claim would give a job or the timeout is over, without a transaction id or a snapshot. Raises 2D000 in a transaction block.';
+COMMENT ON FUNCTION lockstep.queue_configure(text, int, interval, interval, text) IS
+'Sets a queue''s limit of jobs in progress (0: none, -1: lockstep.max_jobs_in_progress) and backoff; NULL keeps. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.queue_pause(text, text) IS
+'Makes later claims of the queue give no jobs. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.queue_resume(text, text) IS
+'Undoes queue_pause. tenant NULL: every one. Raises 22023, 22004.';
 
 COMMENT ON FUNCTION lockstep.writer_locks() IS
 'The pushes in flight, from the lock table. See the view lockstep.writers.';

@@ -10,6 +10,8 @@ use crate::position::Position;
 /// The longest name in bytes: three of them and a number fit into one entry of a B-tree index (2704 bytes).
 pub const MAX_NAME_BYTES: usize = 800;
 
+const DAY: i128 = 24 * 60 * 60 * 1_000_000;
+
 /// The value of an argument for which NULL has no meaning.
 pub fn required<T>(argument: &'static str, value: Option<T>) -> Result<T, Error> {
     value.ok_or(Error::NullArgument(argument))
@@ -38,17 +40,35 @@ pub fn not_empty(what: &str, value: &str) -> Result<(), Error> {
 }
 
 pub fn within_limit(what: &str, value: &str) -> Result<(), Error> {
-    if value.len() > MAX_NAME_BYTES {
+    within(what, value, MAX_NAME_BYTES)
+}
+
+fn within(what: &str, value: &str, most_bytes: usize) -> Result<(), Error> {
+    if value.len() > most_bytes {
         return Err(Error::InvalidParameter {
             message: format!("{what} is too long"),
             detail: Some(format!(
-                "It has {} bytes, at most {MAX_NAME_BYTES} are allowed.",
+                "It has {} bytes, at most {most_bytes} are allowed.",
                 value.len()
             )),
             hint: None,
         });
     }
     Ok(())
+}
+
+/// As [`name`], with a limit of its own: the longest that a table's indexes leave room for.
+pub fn short_name<'a>(
+    argument: &'static str,
+    value: Option<&'a str>,
+    most_bytes: usize,
+) -> Result<&'a str, Error> {
+    let value = required(argument, value)?;
+    if value.is_empty() {
+        return Err(Error::invalid(format!("{argument} must not be empty")));
+    }
+    within(argument, value, most_bytes)?;
+    Ok(value)
 }
 
 /// A tenant, or every one where it is NULL.
@@ -105,10 +125,39 @@ pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Err
     }
 }
 
+/// The longest span of time: sums with it stay within what a timestamptz holds.
+const MAX_SPAN_DAYS: i128 = 366 * 1000;
+
+/// A finite interval that is not negative, as elapsed time: a day is 24 hours and a month 30 days, in whatever time zone.
+pub fn span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
+    let value = not_negative(argument, required(argument, value)?)?;
+    i64::try_from(microseconds(&value))
+        .ok()
+        .filter(|microseconds| i128::from(*microseconds) <= MAX_SPAN_DAYS * DAY)
+        .map(Interval::from_micros)
+        .ok_or_else(|| Error::invalid(format!("{argument} must not be longer than 1000 years")))
+}
+
+/// A span above 0.
+pub fn positive_span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
+    let value = span(argument, value)?;
+    if value.micros() == 0 {
+        return Err(Error::invalid(format!("{argument} must be above 0")));
+    }
+    Ok(value)
+}
+
 /// The length of an interval as PostgreSQL compares it: months of 30 days of 24 hours.
 fn microseconds(value: &Interval) -> i128 {
-    const DAY: i128 = 24 * 60 * 60 * 1_000_000;
     (i128::from(value.months()) * 30 + i128::from(value.days())) * DAY + i128::from(value.micros())
+}
+
+/// An array in which no element is NULL.
+pub fn numbers(argument: &'static str, value: Option<Vec<Option<i64>>>) -> Result<Vec<i64>, Error> {
+    required(argument, value)?
+        .into_iter()
+        .map(|number| number.ok_or(Error::NullElement(argument)))
+        .collect()
 }
 
 /// A filter of names: NULL and the empty one let everything pass.

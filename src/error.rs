@@ -24,6 +24,14 @@ pub enum Error {
         tenant: String,
         detail: &'static str,
     },
+    /// The job is not claimed with the token that was given.
+    JobLost {
+        job_id: i64,
+        token: i64,
+        actual: String,
+    },
+    /// A procedure that commits was called where it cannot.
+    NeedsOwnTransaction(&'static str),
     /// A bad argument; `message` names it.
     InvalidParameter {
         message: String,
@@ -105,11 +113,13 @@ impl Error {
         match self {
             Error::SequenceConflict { .. } => "LS001",
             Error::ClaimNotHeld { .. } => "LS002",
+            Error::JobLost { .. } => "LS007",
             Error::InvalidParameter { .. } => "22023",
             Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
             Error::NeedsReadCommitted(_) | Error::WaitsAfterPush(_) => "25000",
             Error::ReadOnly { .. } => "25006",
+            Error::NeedsOwnTransaction(_) => "2D000",
             Error::SerializationFailure(_) => "40001",
             Error::Spi(_) => "XX000",
             Error::UndefinedProjection(_) => "42704",
@@ -129,6 +139,10 @@ impl Error {
                 actual, expected, ..
             } => format!("Actual sequence {actual}, expected {expected}."),
             Error::ClaimNotHeld { detail, .. } => return Some(Cow::Borrowed(detail)),
+            Error::JobLost { token, actual, .. } => {
+                format!("Actual: {actual}, expected: in progress with token {token}.")
+            }
+            Error::NeedsOwnTransaction(_) => "It commits each of its tries.".into(),
             Error::InvalidParameter { detail, .. } => detail.clone()?,
             Error::UniqueViolation { key, .. } => format!("Key {key} already exists."),
             Error::NeedsReadCommitted(_) => {
@@ -178,6 +192,10 @@ impl Error {
             Error::ClaimNotHeld { .. } => Some(
                 "Call projection_claim in this transaction, outside the savepoint that is rolled back.",
             ),
+            Error::JobLost { .. } => {
+                Some("Stop the work and roll back: the job is not this worker's.")
+            }
+            Error::NeedsOwnTransaction(_) => Some("Call it outside of a transaction block."),
             Error::InvalidParameter { hint, .. } => *hint,
             Error::NeedsReadCommitted(_) => Some("Use a READ COMMITTED transaction."),
             Error::WaitsAfterPush(_) => Some(
@@ -268,6 +286,15 @@ impl fmt::Display for Error {
                 f,
                 "this transaction holds no claim on projection \"{projection}\" of tenant \"{tenant}\""
             ),
+            Error::JobLost { job_id, token, .. } => {
+                write!(f, "job {job_id} is not claimed with token {token}")
+            }
+            Error::NeedsOwnTransaction(procedure) => {
+                write!(
+                    f,
+                    "{procedure}() cannot run inside a transaction block or a function"
+                )
+            }
             Error::InvalidParameter { message, .. } => f.write_str(message),
             Error::NullArgument(name) => write!(f, "argument \"{name}\" must not be null"),
             Error::NullElement(name) => write!(f, "argument \"{name}\" must not contain null"),

@@ -228,19 +228,6 @@ fn ticket_resync() -> i64 {
     run().or_raise()
 }
 
-/// Raises the ticket sequence by 2^32, so that no position that a lost commit had is given again. For use once after a
-/// failover or a point-in-time recovery that lost commits. Waits as `ticket_resync`.
-#[pg_extern(security_definer, volatile, parallel_unsafe)]
-#[search_path(pg_catalog, lockstep, pg_temp)]
-fn after_data_loss() {
-    let run = || {
-        snapshot::require_read_write("after_data_loss")?;
-        sequence::TICKET.raise(|value| value.saturating_add(1 << 32));
-        Ok::<_, Error>(())
-    };
-    run().or_raise()
-}
-
 /// Lists the pushes in flight (on a standby there are none): the tenant (NULL if none of its events is visible yet), the backend's pid, or the transaction id
 /// if it is a prepared transaction, and the least position that its events can have. What `lockstep.writers` is made of.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]

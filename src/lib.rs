@@ -10,11 +10,14 @@ mod catalog;
 mod error;
 mod event_log;
 mod guc;
+mod job;
 mod jsonb;
 mod lock;
 mod position;
+mod procedure;
 mod process;
 mod projection;
+mod recovery;
 mod rights;
 mod sequence;
 mod snapshot;
@@ -30,11 +33,14 @@ extension_sql_file!(
     name = "projection",
     requires = ["event_log"]
 );
+extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
+extension_sql_file!("../sql/job.sql", name = "job", requires = ["token"]);
 extension_sql_file!(
     "../sql/status.sql",
     name = "status",
     requires = [
         "projection",
+        "job",
         event_log::writer_locks,
         projection::projection_locks,
         worker::workers,
@@ -53,7 +59,6 @@ extension_sql_file!(
         event_log::read_events,
         event_log::aggregate_events,
         event_log::ticket_resync,
-        event_log::after_data_loss,
         projection::projection_create,
         projection::projection_alter,
         projection::projection_drop,
@@ -70,6 +75,22 @@ extension_sql_file!(
         projection::projection_resume,
         projection::failed_event_retry,
         projection::failed_event_discard,
+        job::job_enqueue,
+        job::job_claim,
+        job::job_renew,
+        job::job_complete,
+        job::job_fail,
+        job::job_guard,
+        job::job_cancel,
+        job::job_requeue,
+        job::job_discard,
+        job::job_purge,
+        job::job_reap,
+        job::job_wait,
+        job::queue_configure,
+        job::queue_pause,
+        job::queue_resume,
+        recovery::after_data_loss,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -92,6 +113,9 @@ mod event_log_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/failure.rs"]
 mod failure_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/job.rs"]
+mod job_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lock.rs"]
 mod lock_tests;

@@ -6,6 +6,7 @@
 //! # The order of locks
 //! A push takes AGGREGATE and UNIQUE_KEY locks in one sorted order, then WRITER_START, then WRITER, and waits for nobody after
 //! that. A claim takes PROJECTION_ALL shared, then PROJECTION, then runs the barrier, then takes SLOT.
+//! A job's claim takes JOB_SLOT and JOB_KEY, and its job's row after them, each only if it needs no wait.
 //!
 //! # Which interleaving each step of the writer and of the reader prevents
 //! A writer: (1) reads the ticket sequence, (2) takes WRITER_START with that value, (3) takes WRITER, (4) draws its ticket,
@@ -41,6 +42,9 @@ enum Kind {
     Projection = 5,
     ProjectionAll = 6,
     Slot = 7,
+    JobKey = 10,
+    JobSlot = 11,
+    JobStatistics = 12,
 }
 
 /// How many bits of field 4 are left beside the kind.
@@ -148,6 +152,30 @@ impl Tag {
             field2: 0,
             field3: number,
         }
+    }
+
+    /// A key of a queue: exclusive to the transaction that claims a job with it.
+    pub fn job_key(queue: &str, tenant: &str, key: &str) -> Self {
+        Tag::keyed(
+            Kind::JobKey,
+            &[tenant.as_bytes(), queue.as_bytes(), key.as_bytes()],
+        )
+    }
+
+    /// One of the places of a queue with a limit: exclusive to the transaction that claims a job for it.
+    pub fn job_slot(queue: &str, tenant: &str, number: i32) -> Self {
+        Tag::keyed(
+            Kind::JobSlot,
+            &[tenant.as_bytes(), queue.as_bytes(), &number.to_le_bytes()],
+        )
+    }
+
+    /// A row of a queue's statistics: exclusive to the transaction that adds to it.
+    pub fn job_statistics(queue: &str, tenant: &str, part: i32) -> Self {
+        Tag::keyed(
+            Kind::JobStatistics,
+            &[tenant.as_bytes(), queue.as_bytes(), &part.to_le_bytes()],
+        )
     }
 
     /// Waits, obeying lock_timeout, until the lock is this transaction's.

@@ -21,6 +21,23 @@ pub static TICKET: Sequence = Sequence {
     ),
 };
 
+/// Tokens of leases, syncs and jobs, and incarnations. Each is drawn under the lock of its object, so those of one object grow
+/// in the order in which they are handed out; that needs CACHE 1 as well.
+pub static TOKEN: Sequence = Sequence {
+    name: c"token",
+    last_value: Plan::new(
+        "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM lockstep.token",
+    ),
+};
+
+/// Ids of jobs: among jobs of one priority the least is claimed first.
+pub static JOB_ID: Sequence = Sequence {
+    name: c"job_id",
+    last_value: Plan::new(
+        "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM lockstep.job_id",
+    ),
+};
+
 impl Sequence {
     /// Draws the next number.
     pub fn next(&self) -> i64 {

@@ -37,12 +37,18 @@ impl Spi {
 
     /// Runs a SELECT. Assigns no transaction id.
     pub fn read(&self, plan: &Plan, at: At, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan.get(args), Some(at), args)
+        self.execute(plan.get(args), Some(at), true, args)
     }
 
     /// Runs a statement that writes; in READ COMMITTED with a snapshot taken now.
     pub fn write(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
-        self.execute(plan.get(args), None, args)
+        self.execute(plan.get(args), None, false, args)
+    }
+
+    /// Runs a statement that writes or locks rows, with a snapshot taken now, in REPEATABLE READ and SERIALIZABLE too: for rows
+    /// of which only the newest version means anything.
+    pub fn write_latest(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
+        self.execute(plan.get(args), Some(At::Latest), false, args)
     }
 
     /// A call of a function of one argument, for the life of this connection.
@@ -57,7 +63,7 @@ impl Spi {
 
     /// Calls the function with the rights of the current user; what it returns is dropped.
     pub fn call(&self, function: &Call, argument: Arg) {
-        self.execute(function.0, None, &[argument]);
+        self.execute(function.0, None, false, &[argument]);
         // SAFETY: frees the result of the call; those of a batch would pile up.
         unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
     }
@@ -72,8 +78,8 @@ impl Spi {
         }
     }
 
-    /// `at`: the snapshot of a read; None for a write, which uses the transaction's.
-    fn execute(&self, plan: Prepared, at: Option<At>, args: &[Arg]) -> Rows<'_> {
+    /// `at`: the snapshot; None for the transaction's.
+    fn execute(&self, plan: Prepared, at: Option<At>, read_only: bool, args: &[Arg]) -> Rows<'_> {
         let mut values: Vec<pg_sys::Datum> = args
             .iter()
             .map(|arg| {
@@ -94,7 +100,7 @@ impl Spi {
                 nulls.as_ptr(),
                 at.map_or(std::ptr::null_mut(), At::take),
                 std::ptr::null_mut(),
-                at.is_some(),
+                read_only,
                 true,
                 0,
             );
@@ -382,6 +388,70 @@ impl IntoDatum for Raw {
 
     fn type_oid() -> pg_sys::Oid {
         pg_sys::InvalidOid
+    }
+}
+
+/// What a function that returns `SETOF lockstep.jobs` hands back: rows that statements have returned as they stand in the table,
+/// moved into a tuplestore without being taken apart.
+pub struct Jobs {
+    tuples: Vec<pg_sys::HeapTuple>,
+    connection: Spi,
+}
+
+impl Jobs {
+    pub fn none() -> Self {
+        Jobs {
+            tuples: Vec::new(),
+            connection: Spi::connect(),
+        }
+    }
+
+    pub fn spi(&self) -> &Spi {
+        &self.connection
+    }
+
+    pub fn count(&self) -> usize {
+        self.tuples.len()
+    }
+
+    /// Runs a statement that writes and returns whole rows of lockstep.jobs, and keeps those; their ids.
+    pub fn write(&mut self, plan: &Plan, args: &[Arg]) -> Vec<i64> {
+        let rows = self.connection.write_latest(plan, args);
+        let ids = (0..rows.count())
+            .filter_map(|row| rows.get(row, 1))
+            .collect();
+        // They live until the connection ends.
+        let tuples = (0..rows.count()).filter_map(|row| rows.tuple(row).map(|(tuple, _)| tuple));
+        let tuples: Vec<pg_sys::HeapTuple> = tuples.collect();
+        self.tuples.extend(tuples);
+        ids
+    }
+}
+
+// SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
+unsafe impl BoxRet for Jobs {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        // SAFETY: fcinfo is that of a set-returning function; the tuples are of the row type and live until self is dropped.
+        unsafe {
+            let raw = fcinfo.as_mut_ptr();
+            pg_sys::InitMaterializedSRF(raw, 0);
+            let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            for tuple in &self.tuples {
+                pg_sys::tuplestore_puttuple((*result).setResult, *tuple);
+            }
+        }
+        fcinfo.return_null()
+    }
+}
+
+// SAFETY: the SQL type of what box_into returns.
+unsafe impl SqlTranslatable for Jobs {
+    fn argument_sql() -> Result<SqlMapping, ArgumentError> {
+        Err(ArgumentError::NotValidAsArgument("Jobs"))
+    }
+
+    fn return_sql() -> Result<Returns, ReturnsError> {
+        Ok(Returns::One(SqlMapping::literal("SETOF lockstep.jobs")))
     }
 }
 

@@ -32,6 +32,28 @@ pub enum Event<'a> {
         projection: &'a str,
         tenant: &'a str,
     },
+    /// A job of the queue may have become claimable in the tenant, or, for who waits for any, in some tenant.
+    Queue {
+        queue: &'a str,
+        tenant: Option<&'a str>,
+    },
+}
+
+/// What a look at the awaited state found.
+pub enum Look {
+    There,
+    /// Not yet; where time alone can bring it about, how long that takes.
+    NotYet(Option<Duration>),
+}
+
+impl From<bool> for Look {
+    fn from(there: bool) -> Self {
+        if there {
+            Look::There
+        } else {
+            Look::NotYet(None)
+        }
+    }
 }
 
 impl Event<'_> {
@@ -45,6 +67,14 @@ impl Event<'_> {
                 projection.as_bytes(),
                 tenant.as_bytes(),
             ]),
+            Event::Queue {
+                queue,
+                tenant: Some(tenant),
+            } => lock::hash(&[b"queue", &database, queue.as_bytes(), tenant.as_bytes()]),
+            Event::Queue {
+                queue,
+                tenant: None,
+            } => lock::hash(&[b"queue", &database, queue.as_bytes()]),
         }
     }
 }
@@ -119,27 +149,31 @@ unsafe extern "C-unwind" fn after_release(
 /// How much less often somebody looks who will be woken.
 const POLLS_SAVED: u32 = 10;
 
-/// Waits until `state` is there or the time is over; whether it is there. It looks whenever the event is announced, and every
-/// lockstep.poll_interval (ten times that with the library preloaded). Obeys cancel and statement_timeout. Shows as a wait for
-/// `LockstepWait`, before PostgreSQL 17 for `Extension`.
-pub fn wait_until<E>(
+/// Waits until `state` is there or the time is over; whether it is there. It looks whenever the event is announced, when a look
+/// said that time may have brought it about, and every lockstep.poll_interval (ten times that with the library preloaded). Obeys
+/// cancel and statement_timeout. Shows as a wait for `LockstepWait`, before PostgreSQL 17 for `Extension`.
+pub fn wait_until<L: Into<Look>, E>(
     event: &Event,
     timeout: Duration,
-    mut state: impl FnMut() -> Result<bool, E>,
+    mut state: impl FnMut() -> Result<L, E>,
 ) -> Result<bool, E> {
     let begun = Instant::now();
     // Taken before the first look: what is announced between a look and the sleep sets the latch.
     let seat = Seat::take(event.key());
-    let interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
-    let interval = interval * if seat.is_some() { POLLS_SAVED } else { 1 };
+    let interval = poll_interval() * if seat.is_some() { POLLS_SAVED } else { 1 };
     loop {
-        if state()? {
-            return Ok(true);
-        }
+        let again = match state()?.into() {
+            Look::There => return Ok(true),
+            Look::NotYet(again) => again.map_or(interval, |again| again.min(interval)),
+        };
         let left = timeout.saturating_sub(begun.elapsed());
         if left.is_zero() {
             return Ok(false);
         }
-        process::sleep(Some(left.min(interval)), WaitEvent(c"LockstepWait"));
+        process::sleep(Some(left.min(again)), WaitEvent(c"LockstepWait"));
     }
+}
+
+pub fn poll_interval() -> Duration {
+    Duration::from_millis(guc::POLL_INTERVAL.get() as u64)
 }

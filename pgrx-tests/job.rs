@@ -1,0 +1,1 @@
+//! Jobs, inside one transaction.
