@@ -34,7 +34,7 @@ impl End {
 
 pub fn complete(job_id: i64, token: i64) -> End {
     static DELETE: Plan = Plan::new(
-        "DELETE FROM lockstep.jobs WHERE job_id = $1 AND token = $2 AND state = 'in_progress'
+        "DELETE FROM lockstep.jobs WHERE job_id = $1 AND token = $2
          RETURNING queue, tenant, EXTRACT(epoch FROM claimed_at - run_at)::float8,
                    EXTRACT(epoch FROM pg_catalog.clock_timestamp() - claimed_at)::float8",
     );
@@ -52,7 +52,7 @@ pub fn complete(job_id: i64, token: i64) -> End {
 pub fn fail(job_id: i64, token: i64, error: &str, retry_after: Option<Interval>) -> End {
     static LOCK: Plan = Plan::new(
         "SELECT COALESCE(attempts_left = 0, false), queue, tenant FROM lockstep.jobs
-         WHERE job_id = $1 AND token = $2 AND state = 'in_progress'
+         WHERE job_id = $1 AND token = $2
          FOR UPDATE",
     );
     let spi = Spi::connect();
@@ -108,7 +108,8 @@ fn make_ready(spi: &Spi, job_id: i64, error: &str, delay: Delay) {
          SET state = 'ready', retry_id = CASE WHEN j.key IS NULL THEN 0 ELSE j.job_id END,
              token = NULL, holder = NULL, claimed_until = NULL, claimed_at = NULL, slot = NULL,
              previous_holder = j.holder, last_error = $2, last_failed_at = t.now,
-             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay END
+             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay END,
+             lane = CASE WHEN j.key IS NULL THEN 1 ELSE 0 END + CASE WHEN d.delay > '0' THEN 2 ELSE 0 END
          FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now),
               (SELECT job_id,
                       COALESCE($3, pg_catalog.make_interval(secs =>
@@ -169,7 +170,7 @@ pub struct Expired {
 pub fn lock_expired(spi: &Spi, job_id: i64) -> Option<Expired> {
     static LOCK: Plan = Plan::new(
         "SELECT COALESCE(attempts_left = 0, false), holder FROM lockstep.jobs
-         WHERE job_id = $1 AND state = 'in_progress' AND claimed_until <= (SELECT pg_catalog.clock_timestamp())
+         WHERE job_id = $1 AND COALESCE(claimed_until <= (SELECT pg_catalog.clock_timestamp()), false)
          FOR UPDATE SKIP LOCKED",
     );
     let rows = spi.write_latest(&LOCK, &[Arg::from(job_id)]);
@@ -199,7 +200,7 @@ pub fn reap(tenant: Option<&str>) -> i64 {
     const BATCH: usize = 1000;
     static LOCK: Plan = Plan::joining(
         "SELECT job_id, COALESCE(attempts_left = 0, false), holder, queue, tenant FROM lockstep.jobs
-         WHERE state = 'in_progress' AND claimed_until <= (SELECT pg_catalog.clock_timestamp())
+         WHERE claimed_until <= (SELECT pg_catalog.clock_timestamp())
              AND ($1 IS NULL OR tenant = $1)
          LIMIT 1000
          FOR UPDATE SKIP LOCKED",
@@ -241,7 +242,7 @@ pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
         "UPDATE lockstep.jobs AS j SET claimed_until = pg_catalog.clock_timestamp() + $3
          FROM (SELECT r.job_id
                FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
-               JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token AND r.state = 'in_progress'
+               JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
                FOR NO KEY UPDATE OF r SKIP LOCKED) AS o
          WHERE j.job_id = o.job_id
          RETURNING j.job_id",
@@ -249,7 +250,7 @@ pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
     static LOCKED: Plan = Plan::new(
         "SELECT r.job_id
          FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
-         JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token AND r.state = 'in_progress'
+         JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
          WHERE r.claimed_until > pg_catalog.clock_timestamp() AND NOT r.job_id = ANY ($3)",
     );
     let given = job_ids.len();
@@ -279,9 +280,8 @@ pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
 
 /// FOR KEY SHARE: renewals go on beside it, whatever removes the job or gives it away waits, and a claim skips it.
 pub fn guard(job_id: i64, token: i64) -> Result<(), Error> {
-    static LOCK: Plan = Plan::new(
-        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND token = $2 AND state = 'in_progress' FOR KEY SHARE",
-    );
+    static LOCK: Plan =
+        Plan::new("SELECT FROM lockstep.jobs WHERE job_id = $1 AND token = $2 FOR KEY SHARE");
     static STATE: Plan = Plan::new("SELECT state FROM lockstep.jobs WHERE job_id = $1");
     let spi = Spi::connect();
     if spi

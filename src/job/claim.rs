@@ -71,7 +71,7 @@ macro_rules! claim_rows {
             "UPDATE lockstep.jobs AS j
              SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
                  token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
-                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = NULL
+                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = NULL, lane = NULL
              FROM (", $rows, ") AS c
              WHERE j.job_id = c.job_id
              RETURNING j.*"
@@ -106,9 +106,10 @@ impl Claim<'_> {
     /// Until there are `until` jobs in all, or nothing more to try.
     fn search(&mut self, at: &mut InTenant, until: usize) {
         let queue = self.request.queue;
-        let mut depth = until - self.jobs.count() + SPARE;
+        let wanted = until - self.jobs.count();
+        let mut depth = wanted + SPARE;
         loop {
-            let mut found = search::search(self.jobs.spi(), queue, at.tenant, depth);
+            let mut found = search::search(self.jobs.spi(), queue, at.tenant, wanted, depth);
             while self.jobs.count() < until {
                 let most = match at.limit {
                     Some(_) => 1,
@@ -133,7 +134,7 @@ impl Claim<'_> {
                 }
                 return;
             }
-            depth = (depth * 8).max(KEYED);
+            depth = (depth * 8).max(wanted + KEYED);
         }
     }
 
@@ -156,7 +157,7 @@ impl Claim<'_> {
         let Some(key) = &candidate.key else {
             return match candidate.source {
                 Source::Expired => self.take_over(at, candidate),
-                _ => self.claim_one(at, candidate.job_id),
+                _ => self.claim_one(at, candidate.job_id, None),
             };
         };
         if at.busy.contains(key) {
@@ -183,7 +184,7 @@ impl Claim<'_> {
 
     /// With JOB_KEY held.
     fn take_of_key(&mut self, at: &mut InTenant, candidate: &Candidate, key: &str) -> bool {
-        if !candidate.failed && self.claim_one(at, candidate.job_id) {
+        if !candidate.failed && self.claim_one(at, candidate.job_id, Some(key)) {
             return true;
         }
         if at.full {
@@ -208,7 +209,7 @@ impl Claim<'_> {
             }
             job_id = attempt::merge(spi, job_id, None).unwrap_or(job_id);
         }
-        self.claim_one(at, job_id)
+        self.claim_one(at, job_id, Some(key))
     }
 
     /// Takes an expired claim over: with JOB_KEY held, if it has a key.
@@ -233,7 +234,7 @@ impl Claim<'_> {
         if candidate.key.is_some()
             && let Some(twin) = attempt::merge(spi, candidate.job_id, Some(&expired.error))
         {
-            return self.claim_one(at, twin);
+            return self.claim_one(at, twin, candidate.key.as_deref());
         }
         let args = [
             Arg::from(candidate.job_id),
@@ -246,14 +247,13 @@ impl Claim<'_> {
 
     /// Claims a ready job, unless somebody has locked it or something of its key is in progress. Of a job with a key the caller
     /// holds JOB_KEY.
-    fn claim_one(&mut self, at: &mut InTenant, job_id: i64) -> bool {
+    fn claim_one(&mut self, at: &mut InTenant, job_id: i64, key: Option<&str>) -> bool {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.job_id = $4 AND r.state = 'ready'
+             WHERE r.job_id = $4 AND r.token IS NULL
                  AND (r.delayed_until IS NULL OR r.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
                  AND NOT EXISTS (SELECT FROM lockstep.jobs AS b
-                                 WHERE b.queue = r.queue AND b.tenant = r.tenant AND b.key = r.key
-                                     AND b.key IS NOT NULL AND b.state = 'in_progress')
+                                 WHERE b.queue = $5 AND b.tenant = $6 AND b.key = $7 AND b.state = 'in_progress')
              FOR UPDATE OF r SKIP LOCKED"
         ));
         let Some(slot) = self.place(at) else {
@@ -264,6 +264,9 @@ impl Claim<'_> {
             Arg::from(self.request.ttl),
             Arg::from(slot),
             Arg::from(job_id),
+            Arg::from(self.request.queue),
+            Arg::from(at.tenant),
+            Arg::from(key),
         ];
         let claimed = !self.jobs.write(&CLAIM, &args).is_empty();
         if claimed {
@@ -276,7 +279,7 @@ impl Claim<'_> {
     fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.queue = $4 AND r.tenant = $5 AND r.state = 'ready' AND r.lane = 1 AND r.priority >= $7
+             WHERE r.queue = $4 AND r.tenant = $5 AND r.lane = 1 AND r.priority >= $7
              ORDER BY r.priority DESC, r.delayed_until, r.job_id LIMIT $6
              FOR UPDATE OF r SKIP LOCKED"
         ));
@@ -358,7 +361,7 @@ fn in_progress(spi: &Spi, queue: &str, tenant: &str, key: &str) -> Option<i64> {
 
 fn lock_ready(spi: &Spi, job_id: i64) -> bool {
     static LOCK: Plan = Plan::new(
-        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND state = 'ready' FOR UPDATE SKIP LOCKED",
+        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND token IS NULL FOR UPDATE SKIP LOCKED",
     );
     spi.write_latest(&LOCK, &[Arg::from(job_id)]).count() > 0
 }

@@ -58,14 +58,14 @@ fn twin_that_failed(job: &NewJob) -> Option<i64> {
     );
     // Waits for who claims it, and then finds it in progress: no twin any more.
     static KEEP: Plan = Plan::new(
-        "UPDATE lockstep.jobs SET enqueued = enqueued + 1 WHERE job_id = $1 AND state = 'ready'",
+        "UPDATE lockstep.jobs SET enqueued = enqueued + 1 WHERE job_id = $1 AND token IS NULL",
     );
     static REPLACE: Plan = Plan::new(
         "UPDATE lockstep.jobs AS j
          SET enqueued = j.enqueued + 1, payload = $2, priority = $3, run_at = t.now + $4,
-             delayed_until = CASE WHEN $4 > '0' THEN t.now + $4 END
+             delayed_until = CASE WHEN $4 > '0' THEN t.now + $4 END, lane = CASE WHEN $4 > '0' THEN 2 ELSE 0 END
          FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
-         WHERE j.job_id = $1 AND j.state = 'ready'",
+         WHERE j.job_id = $1 AND j.token IS NULL",
     );
     let spi = Spi::connect();
     let names = [
@@ -93,9 +93,9 @@ macro_rules! insert {
     ($on_twin:literal) => {
         concat!(
             "INSERT INTO lockstep.jobs AS j (job_id, queue, tenant, key, kind, payload, priority, state, attempts_left,
-                                             max_attempts, run_at, delayed_until, created_at)
+                                             max_attempts, run_at, delayed_until, lane, created_at)
              SELECT $1, $2, $3, $4, $5, $6, $7, 'ready', $8, $8, t.now + $9, CASE WHEN $9 > '0' THEN t.now + $9 END,
-                    COALESCE($10, t.now)
+                    CASE WHEN $4 IS NULL THEN 1 ELSE 0 END + CASE WHEN $9 > '0' THEN 2 ELSE 0 END, COALESCE($10, t.now)
              FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
              ON CONFLICT (queue, tenant, key, kind, retry_id) WHERE state = 'ready' AND key IS NOT NULL
              DO UPDATE SET enqueued = j.enqueued + 1",
@@ -109,7 +109,7 @@ fn insert(job: &NewJob, job_id: i64, created_at: Option<TimestampWithTimeZone>) 
     static KEEP: Plan = Plan::new(insert!(""));
     static REPLACE: Plan = Plan::new(insert!(
         ", payload = EXCLUDED.payload, priority = EXCLUDED.priority, run_at = EXCLUDED.run_at,
-           delayed_until = EXCLUDED.delayed_until"
+           delayed_until = EXCLUDED.delayed_until, lane = EXCLUDED.lane"
     ));
     let args = [
         Arg::from(job_id),

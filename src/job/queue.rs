@@ -190,14 +190,14 @@ pub fn take_place(
     static FREE: Plan = Plan::new(
         "SELECT p.n
          FROM pg_catalog.generate_series(1, $3 - (SELECT pg_catalog.count(*)::int FROM lockstep.jobs AS j
-                                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'in_progress'
+                                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until IS NOT NULL
                                                       AND j.slot IS NULL)) AS p (n)
          WHERE NOT EXISTS (SELECT FROM lockstep.jobs AS j
-                           WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = p.n AND j.state = 'in_progress')",
+                           WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = p.n)",
     );
     static IS_FREE: Plan = Plan::new(
         "SELECT NOT EXISTS (SELECT FROM lockstep.jobs AS j
-                            WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = $3 AND j.state = 'in_progress')",
+                            WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = $3)",
     );
     let args = [Arg::from(queue), Arg::from(tenant), Arg::from(limit)];
     let rows = spi.read(&FREE, At::Latest, &args);

@@ -107,40 +107,36 @@ impl Found {
     }
 }
 
-/// How many with a key are read before the search goes from key to key.
+/// How many with a key are read, besides those wanted, before the search goes from key to key.
 pub const KEYED: usize = 64;
 /// How many keys are looked at together.
 const KEYS: i32 = 256;
 
-/// Up to `depth` of each stream.
-pub fn search(spi: &Spi, queue: &str, tenant: &str, depth: usize) -> Found {
-    // The last two only tell whether there is anything that a clock must be asked about.
+/// Up to `depth` of each stream, of those with a key not many more than `wanted`.
+pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize) -> Found {
+    // The last only tells whether there is anything that a clock must be asked about.
     static SEARCH: Plan = Plan::new(
         "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = 0
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 0
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $3)
          UNION ALL
          (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = 1
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 1
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $4)
          UNION ALL
          (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'in_progress'
-              AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
           ORDER BY j.claimed_until LIMIT $5)
          UNION ALL
          (SELECT 0, NULL, 0, 0, false, 2
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = 2 LIMIT 1)
-         UNION ALL
-         (SELECT 0, NULL, 0, 0, false, 3
-          FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = 3 LIMIT 1)",
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane >= 2 LIMIT 1)",
     );
-    let keyed = depth.min(KEYED);
+    let most_keyed = wanted + KEYED;
+    let keyed = depth.min(most_keyed);
     let expired = depth.max(1000);
     let args = [
         Arg::from(queue),
@@ -151,7 +147,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, depth: usize) -> Found {
     ];
     let rows = spi.read(&SEARCH, At::Latest, &args);
     let mut streams = vec![VecDeque::new(); 5];
-    let mut delayed = [false; 2];
+    let mut delayed = false;
     for row in 0..rows.count() {
         let stream: i32 = rows.get(row, 6).unwrap_or_default();
         let source = match stream {
@@ -159,7 +155,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, depth: usize) -> Found {
             1 => Source::Keyless,
             4 => Source::Expired,
             _ => {
-                delayed[stream as usize - 2] = true;
+                delayed = true;
                 continue;
             }
         };
@@ -167,9 +163,9 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, depth: usize) -> Found {
             streams[stream as usize].push_back(candidate);
         }
     }
-    for (lane, _) in [2, 3].into_iter().zip(delayed).filter(|(_, there)| *there) {
-        let depth = if lane == 2 { keyed } else { depth };
-        streams[lane as usize] = due(spi, queue, tenant, lane, depth);
+    if delayed {
+        streams[2] = due(spi, queue, tenant, 2, keyed);
+        streams[3] = due(spi, queue, tenant, 3, depth);
     }
     streams[4].make_contiguous().sort_by_key(|candidate| {
         (
@@ -181,7 +177,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, depth: usize) -> Found {
     let keyed_left = streams[0].len() == keyed || streams[2].len() == keyed;
     Found {
         more_keyed: keyed_left,
-        more: (keyed_left && keyed < KEYED)
+        more: (keyed_left && keyed < most_keyed)
             || streams[1].len() == depth
             || streams[3].len() == depth
             || streams[4].len() == expired,
@@ -194,11 +190,11 @@ fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDequ
     static DUE: Plan = Plan::new(
         "WITH RECURSIVE p (priority) AS (
              (SELECT j.priority FROM lockstep.jobs AS j
-              WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = $3
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3
               ORDER BY j.priority DESC LIMIT 1)
              UNION ALL
              SELECT (SELECT j.priority FROM lockstep.jobs AS j
-                     WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = $3 AND j.priority < p.priority
+                     WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority < p.priority
                      ORDER BY j.priority DESC LIMIT 1)
              FROM p WHERE p.priority IS NOT NULL
          )
@@ -207,7 +203,7 @@ fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDequ
          CROSS JOIN LATERAL (
              SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0
              FROM lockstep.jobs AS j
-             WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = $3 AND j.priority = p.priority
+             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority = p.priority
                  AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
              ORDER BY j.delayed_until, j.job_id LIMIT $4
          ) AS d
@@ -293,14 +289,14 @@ fn first_of_keys(
     static WALK: Plan = Plan::new(
         "WITH RECURSIVE k (key, n) AS (
              (SELECT j.key, 1 FROM lockstep.jobs AS j
-              WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.key IS NOT NULL AND j.key > $3
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > $3
               ORDER BY j.key LIMIT 1)
              UNION ALL
              SELECT n.key, k.n + 1
              FROM k
              CROSS JOIN LATERAL (
                  SELECT j.key FROM lockstep.jobs AS j
-                 WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.key IS NOT NULL AND j.key > k.key
+                 WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > k.key
                  ORDER BY j.key LIMIT 1) AS n
              WHERE k.n < $4
          )
@@ -309,11 +305,11 @@ fn first_of_keys(
          LEFT JOIN LATERAL (
              SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at, j.retry_id > 0 AS failed
              FROM lockstep.jobs AS j
-             WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.key IS NOT NULL AND j.key = k.key
+             WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key = k.key
                  AND (j.delayed_until IS NULL OR j.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
-                 AND NOT EXISTS (SELECT FROM lockstep.jobs AS b
-                                 WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.state = 'in_progress'
-                                     AND b.claimed_until > (SELECT pg_catalog.clock_timestamp()))
+                 AND COALESCE((SELECT b.claimed_until <= pg_catalog.clock_timestamp() FROM lockstep.jobs AS b
+                               WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.key IS NOT NULL
+                                   AND b.state = 'in_progress'), true)
              ORDER BY j.priority DESC, j.job_id LIMIT 1
          ) AS f ON true",
     );
@@ -336,12 +332,12 @@ pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
     static NEXT: Plan = Plan::new(
         "WITH RECURSIVE p (lane, priority) AS (
              SELECT l.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = l.lane
+                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = l.lane
                              ORDER BY j.priority DESC LIMIT 1)
              FROM (VALUES (2::smallint), (3::smallint)) AS l (lane)
              UNION ALL
              SELECT p.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = p.lane
+                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
                                  AND j.priority < p.priority
                              ORDER BY j.priority DESC LIMIT 1)
              FROM p WHERE p.priority IS NOT NULL
@@ -350,13 +346,12 @@ pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
              (SELECT pg_catalog.min(d.delayed_until)
               FROM p
               CROSS JOIN LATERAL (SELECT j.delayed_until FROM lockstep.jobs AS j
-                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'ready' AND j.lane = p.lane
+                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
                                       AND j.priority = p.priority
                                       AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
                                   ORDER BY j.delayed_until LIMIT 1) AS d),
              (SELECT j.claimed_until FROM lockstep.jobs AS j
-              WHERE j.queue = $1 AND j.tenant = $2 AND j.state = 'in_progress'
-                  AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())
               ORDER BY j.claimed_until LIMIT 1)) - pg_catalog.clock_timestamp()) * 1000000)::bigint",
     );
     spi.read(&NEXT, At::Latest, &[Arg::from(queue), Arg::from(tenant)])
