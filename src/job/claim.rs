@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::attempt;
 use super::queue::{self, Place};
-use super::search::{self, Candidate, KEYED, KeyWalk, Source};
+use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
 use crate::lock::{Mode, Tag};
 use crate::process;
 use crate::snapshot::{self, At};
@@ -108,15 +108,34 @@ impl Claim<'_> {
         let queue = self.request.queue;
         let wanted = until - self.jobs.count();
         let mut depth = wanted + SPARE;
+        let mut walk: Option<KeyWalk> = None;
         loop {
             let mut found = search::search(self.jobs.spi(), queue, at.tenant, wanted, depth);
-            while self.jobs.count() < until {
+            if walk.is_some() {
+                found.put_keys(Some(Vec::new()));
+            }
+            loop {
+                if self.jobs.count() >= until {
+                    return;
+                }
+                if at.full {
+                    return self.take_expired(at, &mut found, until);
+                }
+                match found.missing() {
+                    Missing::Nothing => {}
+                    Missing::Depth => break,
+                    Missing::Keys => {
+                        let walk = walk.get_or_insert_with(|| KeyWalk::new(queue, at.tenant));
+                        found.put_keys(walk.next(self.jobs.spi()));
+                        continue;
+                    }
+                }
                 let most = match at.limit {
                     Some(_) => 1,
                     None => until - self.jobs.count(),
                 };
                 let Some((candidate, run)) = found.next(most) else {
-                    break;
+                    return;
                 };
                 if candidate.source == Source::Keyless {
                     let least = found.next_priority().unwrap_or(i32::MIN);
@@ -125,29 +144,18 @@ impl Claim<'_> {
                     self.take_one(at, &candidate);
                 }
             }
-            if self.jobs.count() >= until || at.full {
-                return;
-            }
-            if !found.more {
-                if found.more_keyed {
-                    self.walk_keys(at, until);
-                }
-                return;
-            }
             depth = (depth * 8).max(wanted + KEYED);
         }
     }
 
-    fn walk_keys(&mut self, at: &mut InTenant, until: usize) {
-        let mut walk = KeyWalk::new(self.request.queue, at.tenant);
-        while let Some(candidates) = walk.next(self.jobs.spi()) {
-            for candidate in candidates {
-                if self.jobs.count() >= until || at.full {
-                    return;
-                }
-                if at.tried.insert(candidate.job_id) {
-                    self.take_one(at, &candidate);
-                }
+    /// What has expired has its place in the queue already.
+    fn take_expired(&mut self, at: &mut InTenant, found: &mut Found, until: usize) {
+        for candidate in found.take_expired() {
+            if self.jobs.count() >= until {
+                return;
+            }
+            if at.tried.insert(candidate.job_id) {
+                self.take_one(at, &candidate);
             }
         }
     }

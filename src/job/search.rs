@@ -61,13 +61,53 @@ impl Candidate {
 /// The streams, of which the best head goes first.
 pub struct Found {
     streams: Vec<VecDeque<Candidate>>,
-    /// There were more with a key than were read.
-    pub more_keyed: bool,
-    /// There were more of another kind.
-    pub more: bool,
+    /// Of which streams there is more than was read.
+    cut: [bool; STREAMS],
+    /// The streams of jobs with a key are as long as they get.
+    keyed_is_longest: bool,
+}
+
+/// Ready at once with a key and without, due with a key and without, expired.
+const STREAMS: usize = 5;
+
+/// What is to be done before the next candidate is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    Nothing,
+    /// A deeper search.
+    Depth,
+    /// The next page of a walk from key to key.
+    Keys,
 }
 
 impl Found {
+    /// A stream that was cut and has run dry may have gone on with a job that is before all others.
+    pub fn missing(&self) -> Missing {
+        let is_dry = |stream: usize| self.cut[stream] && self.streams[stream].is_empty();
+        if is_dry(1) || is_dry(3) || is_dry(4) {
+            Missing::Depth
+        } else if !is_dry(0) && !is_dry(2) {
+            Missing::Nothing
+        } else if self.keyed_is_longest {
+            Missing::Keys
+        } else {
+            Missing::Depth
+        }
+    }
+
+    /// Puts a page of a walk from key to key in the place of the jobs with a key; None: it is over.
+    pub fn put_keys(&mut self, page: Option<Vec<Candidate>>) {
+        self.cut[0] = page.is_some();
+        self.cut[2] = false;
+        self.keyed_is_longest = true;
+        self.streams[0] = page.unwrap_or_default().into();
+        self.streams[2].clear();
+    }
+
+    pub fn take_expired(&mut self) -> VecDeque<Candidate> {
+        std::mem::take(&mut self.streams[4])
+    }
+
     fn best(&self) -> Option<usize> {
         let mut best: Option<(usize, &Candidate)> = None;
         for (index, stream) in self.streams.iter().enumerate() {
@@ -146,7 +186,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
         Arg::from(expired as i64),
     ];
     let rows = spi.read(&SEARCH, At::Latest, &args);
-    let mut streams = vec![VecDeque::new(); 5];
+    let mut streams = vec![VecDeque::new(); STREAMS];
     let mut delayed = false;
     for row in 0..rows.count() {
         let stream: i32 = rows.get(row, 6).unwrap_or_default();
@@ -174,13 +214,16 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
             candidate.job_id,
         )
     });
-    let keyed_left = streams[0].len() == keyed || streams[2].len() == keyed;
+    let is_full = |stream: usize, limit| streams[stream].len() == limit;
     Found {
-        more_keyed: keyed_left,
-        more: (keyed_left && keyed < most_keyed)
-            || streams[1].len() == depth
-            || streams[3].len() == depth
-            || streams[4].len() == expired,
+        cut: [
+            is_full(0, keyed),
+            is_full(1, depth),
+            is_full(2, keyed),
+            is_full(3, depth),
+            is_full(4, expired),
+        ],
+        keyed_is_longest: keyed == most_keyed,
         streams,
     }
 }
