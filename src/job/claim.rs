@@ -165,7 +165,7 @@ impl Claim<'_> {
         let Some(key) = &candidate.key else {
             return match candidate.source {
                 Source::Expired => self.take_over(at, candidate),
-                _ => self.claim_one(at, candidate.job_id, None),
+                _ => self.claim_one(at, candidate.job_id, None, None),
             };
         };
         if at.busy.contains(key) {
@@ -192,32 +192,30 @@ impl Claim<'_> {
 
     /// With JOB_KEY held.
     fn take_of_key(&mut self, at: &mut InTenant, candidate: &Candidate, key: &str) -> bool {
-        if !candidate.failed && self.claim_one(at, candidate.job_id, Some(key)) {
+        let kind = Some(candidate.kind.as_str());
+        if !candidate.failed && self.claim_one(at, candidate.job_id, Some(key), kind) {
             return true;
         }
         if at.full {
             return false;
         }
         let spi = self.jobs.spi();
-        match in_progress(spi, self.request.queue, at.tenant, key) {
-            None if !candidate.failed => return false, // another transaction has the row
-            None => {}
-            Some(job_id) => {
-                let Some(expired) = attempt::lock_expired(spi, job_id) else {
-                    at.busy.insert(key.to_owned());
-                    return false;
-                };
-                expired.settle(spi);
-            }
-        }
-        let mut job_id = candidate.job_id;
-        if candidate.failed {
-            if !lock_ready(spi, job_id) {
+        if let Some(job_id) = in_progress(spi, self.request.queue, at.tenant, key) {
+            let Some(expired) = attempt::lock_expired(spi, job_id) else {
+                at.busy.insert(key.to_owned());
                 return false;
-            }
-            job_id = attempt::merge(spi, job_id, None).unwrap_or(job_id);
+            };
+            expired.settle(spi);
         }
-        self.claim_one(at, job_id, Some(key))
+        let failed = if candidate.failed {
+            Some(candidate.job_id)
+        } else {
+            failed_twin(spi, self.request.queue, at.tenant, key, &candidate.kind)
+        };
+        let merged = failed
+            .filter(|job_id| lock_ready(spi, *job_id))
+            .and_then(|job_id| attempt::merge(spi, job_id, None));
+        self.claim_one(at, merged.unwrap_or(candidate.job_id), Some(key), None)
     }
 
     /// Takes an expired claim over: with JOB_KEY held, if it has a key.
@@ -242,7 +240,7 @@ impl Claim<'_> {
         if candidate.key.is_some()
             && let Some(twin) = attempt::merge(spi, candidate.job_id, Some(&expired.error))
         {
-            return self.claim_one(at, twin, candidate.key.as_deref());
+            return self.claim_one(at, twin, candidate.key.as_deref(), None);
         }
         let args = [
             Arg::from(candidate.job_id),
@@ -253,15 +251,24 @@ impl Claim<'_> {
         !self.jobs.write(&TAKE_OVER, &args).is_empty()
     }
 
-    /// Claims a ready job, unless somebody has locked it or something of its key is in progress. Of a job with a key the caller
-    /// holds JOB_KEY.
-    fn claim_one(&mut self, at: &mut InTenant, job_id: i64, key: Option<&str>) -> bool {
+    /// Claims a ready job, unless somebody has locked it, something of its key is in progress or, where the kind is given, a twin
+    /// has failed that is to be merged into it. Of a job with a key the caller holds JOB_KEY.
+    fn claim_one(
+        &mut self,
+        at: &mut InTenant,
+        job_id: i64,
+        key: Option<&str>,
+        kind: Option<&str>,
+    ) -> bool {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
              WHERE r.job_id = $4 AND r.token IS NULL
                  AND (r.delayed_until IS NULL OR r.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
                  AND NOT EXISTS (SELECT FROM lockstep.jobs AS b
                                  WHERE b.queue = $5 AND b.tenant = $6 AND b.key = $7 AND b.state = 'in_progress')
+                 AND NOT EXISTS (SELECT FROM lockstep.jobs AS t
+                                 WHERE t.queue = $5 AND t.tenant = $6 AND t.key = $7 AND t.kind = $8 AND t.state = 'ready'
+                                     AND t.retry_id > 0)
              FOR UPDATE OF r SKIP LOCKED"
         ));
         let Some(slot) = self.place(at) else {
@@ -275,6 +282,7 @@ impl Claim<'_> {
             Arg::from(self.request.queue),
             Arg::from(at.tenant),
             Arg::from(key),
+            Arg::from(kind),
         ];
         let claimed = !self.jobs.write(&CLAIM, &args).is_empty();
         if claimed {
@@ -364,6 +372,22 @@ fn in_progress(spi: &Spi, queue: &str, tenant: &str, key: &str) -> Option<i64> {
          WHERE queue = $1 AND tenant = $2 AND key = $3 AND key IS NOT NULL AND state = 'in_progress'",
     );
     let args = [Arg::from(queue), Arg::from(tenant), Arg::from(key)];
+    spi.read(&READ, At::Latest, &args).get(0, 1)
+}
+
+/// A job of the key and kind that has failed and is ready.
+fn failed_twin(spi: &Spi, queue: &str, tenant: &str, key: &str, kind: &str) -> Option<i64> {
+    static READ: Plan = Plan::new(
+        "SELECT job_id FROM lockstep.jobs
+         WHERE queue = $1 AND tenant = $2 AND key = $3 AND key IS NOT NULL AND kind = $4 AND state = 'ready' AND retry_id > 0
+         ORDER BY retry_id LIMIT 1",
+    );
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant),
+        Arg::from(key),
+        Arg::from(kind),
+    ];
     spi.read(&READ, At::Latest, &args).get(0, 1)
 }
 

@@ -27,6 +27,7 @@ pub struct Candidate {
     pub source: Source,
     pub job_id: i64,
     pub key: Option<String>,
+    pub kind: String,
     pub priority: i32,
     run_at: i64,
     /// It has failed before, so a twin of it may have been enqueued.
@@ -42,6 +43,7 @@ impl Candidate {
             priority: rows.get(row, 3)?,
             run_at: rows.get(row, 4)?,
             failed: rows.get(row, 5)?,
+            kind: rows.get(row, 7).unwrap_or_default(),
         })
     }
 
@@ -156,22 +158,22 @@ const KEYS: i32 = 256;
 pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize) -> Found {
     // The last only tells whether there is anything that a clock must be asked about.
     static SEARCH: Plan = Plan::new(
-        "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0
+        "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0, j.kind
           FROM lockstep.jobs AS j
           WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 0
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $3)
          UNION ALL
-         (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1
+         (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1, NULL
           FROM lockstep.jobs AS j
           WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 1
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $4)
          UNION ALL
-         (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4
+         (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4, j.kind
           FROM lockstep.jobs AS j
           WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
           ORDER BY j.claimed_until LIMIT $5)
          UNION ALL
-         (SELECT 0, NULL, 0, 0, false, 2
+         (SELECT 0, NULL, 0, 0, false, 2, NULL
           FROM lockstep.jobs AS j
           WHERE j.queue = $1 AND j.tenant = $2 AND j.lane >= 2 LIMIT 1)",
     );
@@ -244,7 +246,7 @@ fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDequ
          SELECT d.*
          FROM p
          CROSS JOIN LATERAL (
-             SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0
+             SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 2, j.kind
              FROM lockstep.jobs AS j
              WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority = p.priority
                  AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
@@ -343,10 +345,11 @@ fn first_of_keys(
                  ORDER BY j.key LIMIT 1) AS n
              WHERE k.n < $4
          )
-         SELECT f.job_id, k.key, f.priority, f.run_at, f.failed
+         SELECT f.job_id, k.key, f.priority, f.run_at, f.failed, 0, f.kind
          FROM k
          LEFT JOIN LATERAL (
-             SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at, j.retry_id > 0 AS failed
+             SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at, j.retry_id > 0 AS failed,
+                    j.kind
              FROM lockstep.jobs AS j
              WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key = k.key
                  AND (j.delayed_until IS NULL OR j.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
