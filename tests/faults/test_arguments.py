@@ -46,6 +46,24 @@ VALID = {
     "timeout": "'1 millisecond'",
     "up_to": "2",
     "wait": "false",
+    "backoff": "'1 second'",
+    "delay": "'1 second'",
+    "holder": "'w'",
+    "job_id": "1",
+    "job_ids": "ARRAY[1]",
+    "key": "'k'",
+    "kind": "'a'",
+    "max_attempts": "3",
+    "max_backoff": "'1 minute'",
+    "max_in_progress": "1",
+    "max_jobs": "1",
+    "older_than": "'1 day'",
+    "on_twin": "'keep'",
+    "priority": "0",
+    "queue": "'q'",
+    "token": "1",
+    "tokens": "ARRAY[1]",
+    "ttl": "'1 minute'",
 }
 
 # Where NULL has a meaning, as the reference says.
@@ -68,11 +86,22 @@ MEANS_SOMETHING = {
     "projection_run": {"max_duration", "max_events"},
     "push_event": {"expected_sequence", "metadata", "payload"},
     "read_events": {"aggregate_types", "event_types"},
+    "job_claim": {"tenant"},
+    "job_enqueue": {"key", "max_attempts"},
+    "job_fail": {"retry_after"},
+    "job_purge": {"tenant"},
+    "job_reap": {"tenant"},
+    "queue_configure": {"backoff", "max_backoff", "max_in_progress", "tenant"},
+    "queue_pause": {"tenant"},
+    "queue_resume": {"tenant"},
 }
 
 CLAIM = "SELECT * FROM lockstep.projection_claim('p')"
 HANDLER = "SELECT lockstep.projection_alter('p', handler => 'public.handle(lockstep.events)', max_failures => 1);"
 DEAD_LETTER = f"{HANDLER} {CLAIM}; SELECT lockstep.projection_fail('p', 2, 'no')"
+
+JOB = """SELECT setval('lockstep.job_id', 1, false), setval('lockstep.token', 1, false);
+         SELECT lockstep.job_enqueue('q', 'k', 'b'); SELECT lockstep.job_claim('q', 'w')"""
 
 # What must be done before a call with valid arguments.
 BEFORE = {
@@ -81,6 +110,11 @@ BEFORE = {
     "projection_advance": CLAIM,
     "projection_fail": CLAIM,
     "projection_run": HANDLER,
+    "job_claim": JOB,
+    "job_complete": JOB,
+    "job_fail": JOB,
+    "job_guard": JOB,
+    "job_renew": JOB,
 }
 
 
@@ -164,6 +198,8 @@ def test_a_null_in_an_array_of_names_is_refused(session):
         ("aggregate_types", "SELECT lockstep.projection_create('n', aggregate_types => ARRAY[NULL, 'a'])"),
         ("event_types", "SELECT lockstep.projection_alter('p', event_types => ARRAY[NULL]::text[])"),
         ("names", "SELECT lockstep.projection_due(ARRAY['p', NULL])"),
+        ("job_ids", "SELECT lockstep.job_renew(ARRAY[1, NULL], ARRAY[1, 2])"),
+        ("tokens", "SELECT lockstep.job_renew(ARRAY[1, 2], ARRAY[NULL, 2])"),
     ):
         with raises("22004") as caught:
             session.execute(query)
@@ -256,6 +292,37 @@ BAD = [
     ("failed_event_discard('p', 'NaN')", "event_position"),
     ("projection_due(max_rows => 0)", "max_rows"),
     ("projection_due(ARRAY[''])", "names"),
+    ("job_enqueue('', 'k', 'a')", "queue"),
+    ("job_enqueue('q', '', 'a')", "key"),
+    ("job_enqueue('q', 'k', '')", "kind"),
+    ("job_enqueue(repeat('x', 601), 'k', 'a')", "queue"),
+    ("job_enqueue('q', repeat('x', 601), 'a')", "key"),
+    ("job_enqueue('q', 'k', repeat('x', 601))", "kind"),
+    (f"job_enqueue('q', 'k', 'a', tenant => {LONG})", "tenant"),
+    ("job_enqueue('q', 'k', 'a', max_attempts => 0)", "max_attempts"),
+    ("job_enqueue('q', 'k', 'a', delay => '-1 second')", "delay"),
+    ("job_enqueue('q', 'k', 'a', delay => '2000 years')", "delay"),
+    ("job_enqueue('q', 'k', 'a', on_twin => 'Keep')", "on_twin"),
+    ("job_claim('', 'w')", "queue"),
+    ("job_claim('q', '')", "holder"),
+    (f"job_claim('q', {LONG})", "holder"),
+    ("job_claim('q', 'w', max_jobs => 0)", "max_jobs"),
+    ("job_claim('q', 'w', ttl => '0')", "ttl"),
+    ("job_claim('q', 'w', ttl => '-1 second')", "ttl"),
+    (f"job_claim('q', 'w', tenant => {LONG})", "tenant"),
+    ("job_renew('{1}', '{1,2}')", "tokens"),
+    ("job_renew('{1}', '{1}', '0')", "ttl"),
+    ("job_fail(1, 1, 'no', '-1 second')", "retry_after"),
+    ("job_purge('-1 second')", "older_than"),
+    (f"job_purge('1 second', {LONG})", "tenant"),
+    (f"job_reap({LONG})", "tenant"),
+    ("queue_configure('')", "queue"),
+    ("queue_configure('q', -2)", "max_in_progress"),
+    ("queue_configure('q', 10001)", "max_in_progress"),
+    ("queue_configure('q', backoff => '-1 second')", "backoff"),
+    ("queue_configure('q', max_backoff => '-1 second')", "max_backoff"),
+    ("queue_pause('')", "queue"),
+    (f"queue_resume('q', {LONG})", "tenant"),
 ]
 
 
