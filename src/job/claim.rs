@@ -100,7 +100,11 @@ impl Claim<'_> {
         if let Some(place) = at.place {
             place.release();
         }
-        self.jobs.count() - before
+        let claimed = self.jobs.count() - before;
+        if claimed > 0 {
+            queue::announce_if_rolled_back(self.request.queue, tenant);
+        }
+        claimed
     }
 
     /// Until there are `until` jobs in all, or nothing more to try.

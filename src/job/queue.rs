@@ -116,14 +116,19 @@ pub fn set_paused(queue: &str, tenant: Option<&str>, paused: bool) {
 
 /// Wakes who waits for the queue's jobs when this transaction has ended.
 pub fn announce(queue: &str, tenant: &str) {
-    wakeup::announce(&Event::Queue {
-        queue,
-        tenant: Some(tenant),
-    });
-    wakeup::announce(&Event::Queue {
-        queue,
-        tenant: None,
-    });
+    tell(queue, tenant, wakeup::announce);
+}
+
+/// Wakes who waits for the queue's jobs if this transaction, which has claimed some, is rolled back.
+pub fn announce_if_rolled_back(queue: &str, tenant: &str) {
+    tell(queue, tenant, wakeup::announce_if_rolled_back);
+}
+
+/// Who waits for a job of this tenant, and who waits for one of any.
+fn tell(queue: &str, tenant: &str, announce: impl Fn(&Event)) {
+    for tenant in [Some(tenant), None] {
+        announce(&Event::Queue { queue, tenant });
+    }
 }
 
 fn announce_everywhere(spi: &Spi, queue: &str) {
