@@ -16,7 +16,7 @@ mod tests {
     const INVOKER: &str =
         "'projection_create', 'projection_alter', 'projection_drop', 'projection_owner',
          'projection_run', 'projection_reset', 'projection_pause', 'projection_resume', 'failed_event_retry',
-         'lease_take'";
+         'lease_take', 'job_wait'";
 
     #[pg_test]
     fn every_function_and_relation_has_a_comment() {

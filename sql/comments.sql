@@ -120,6 +120,61 @@ COMMENT ON FUNCTION lockstep.lease_locks() IS
 'The guards held and the sessions that wait in lease_take, from the lock table. See the view lockstep.lease_status.';
 COMMENT ON VIEW lockstep.lease_status IS
 'Each lease: holder, token, state, time left, how often it was acquired anew, who waits in lease_take, which transactions guard it now, when it opens.';
+COMMENT ON SEQUENCE lockstep.job_id IS
+'Ids of jobs. Among jobs of one priority the least is claimed first.';
+
+COMMENT ON TABLE lockstep.jobs IS
+'Jobs that are ready or in progress. Written by the job functions alone.';
+COMMENT ON COLUMN lockstep.jobs.key IS 'At most one job of it is in progress. Null: no limit, no twins.';
+COMMENT ON COLUMN lockstep.jobs.attempts_left IS 'Attempts after the one in progress. Null: it is retried for ever.';
+COMMENT ON COLUMN lockstep.jobs.token IS 'Of the claim; a former claim''s is refused.';
+COMMENT ON COLUMN lockstep.jobs.claimed_until IS 'After that another claim may take it over. Until one does, the worker still has it.';
+COMMENT ON COLUMN lockstep.jobs.previous_holder IS 'Whose attempt was the last to fail or expire; last_error says how.';
+COMMENT ON COLUMN lockstep.jobs.enqueued IS 'How many calls of job_enqueue it stands for.';
+COMMENT ON COLUMN lockstep.jobs.slot IS 'Its place among the jobs in progress of a queue with a limit.';
+COMMENT ON COLUMN lockstep.jobs.retry_id IS 'Keeps a job that failed apart from a twin that is being enqueued: its id, or 0.';
+COMMENT ON COLUMN lockstep.jobs.delayed_until IS 'run_at, where that was in the future when it was written.';
+COMMENT ON COLUMN lockstep.jobs.lane IS '1 without a key, plus 2 when delayed: what claims read apart. Null in progress.';
+
+COMMENT ON TABLE lockstep.dead_jobs IS
+'Dead letters: jobs whose attempts are used up, until job_requeue, job_discard or job_purge.';
+COMMENT ON TABLE lockstep.queues IS
+'What queue_configure, queue_pause and queue_resume said of a queue, in a tenant or in every one. Null: not said.';
+COMMENT ON TABLE lockstep.queue_statistics IS
+'Sums over about the last thousands of completed jobs of a queue, in seconds, in several parts. See lockstep.queue_status.';
+COMMENT ON VIEW lockstep.queue_status IS
+'Each queue and tenant: jobs ready, delayed, in progress, expired and dead; age of the oldest ready one; mean wait and run of completed ones.';
+
+COMMENT ON FUNCTION lockstep.job_enqueue(text, text, text, jsonb, int, interval, int, text, text) IS
+'Enqueues a job, or returns its ready twin with enqueued = false. Waits for who enqueues the same or claims the twin. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_claim(text, text, int, interval, text) IS
+'Claims up to max_jobs jobs for ttl, at most one of a key, expired claims included; commit before working. tenant NULL: any. Waits for nobody. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_renew(bigint[], bigint[], interval) IS
+'Makes claims last for ttl from now; returns the jobs still claimed with these tokens. Waits for nobody. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_complete(bigint, bigint) IS
+'Removes a job that is done: completed; or lost, if it is not claimed with this token (then roll back).';
+COMMENT ON FUNCTION lockstep.job_fail(bigint, bigint, text, interval) IS
+'Ends a failed attempt: retry, dead, or lost. retry_after NULL: exponential backoff with jitter. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_guard(bigint, bigint) IS
+'Raises LS007 unless the job is claimed with this token; nobody takes it over until this transaction ends.';
+COMMENT ON FUNCTION lockstep.job_cancel(bigint) IS
+'Removes a job that is ready or in progress; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_requeue(bigint) IS
+'Makes a dead job ready again with all its attempts; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_discard(bigint) IS
+'Deletes a dead job; true if it was there.';
+COMMENT ON FUNCTION lockstep.job_purge(interval, text) IS
+'Deletes the jobs that have been dead for at least older_than; returns how many. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.job_reap(text) IS
+'Ends expired claims: ready again, merged or dead; returns how many. tenant NULL: every one. Waits for nobody. Raises 22023.';
+COMMENT ON PROCEDURE lockstep.job_wait(text, interval, boolean, text) IS
+'Waits until a claim would give a job or the timeout is over, without a transaction id or a snapshot. Raises 2D000 in a transaction block.';
+COMMENT ON FUNCTION lockstep.queue_configure(text, int, interval, interval, text) IS
+'Sets a queue''s limit of jobs in progress (0: none, -1: lockstep.max_jobs_in_progress) and backoff; NULL keeps. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.queue_pause(text, text) IS
+'Makes later claims of the queue give no jobs. tenant NULL: every one. Raises 22023, 22004.';
+COMMENT ON FUNCTION lockstep.queue_resume(text, text) IS
+'Undoes queue_pause. tenant NULL: every one. Raises 22023, 22004.';
 
 COMMENT ON FUNCTION lockstep.writer_locks() IS
 'The pushes in flight, from the lock table. See the view lockstep.writers.';

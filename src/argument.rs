@@ -40,17 +40,35 @@ pub fn not_empty(what: &str, value: &str) -> Result<(), Error> {
 }
 
 pub fn within_limit(what: &str, value: &str) -> Result<(), Error> {
-    if value.len() > MAX_NAME_BYTES {
+    within(what, value, MAX_NAME_BYTES)
+}
+
+fn within(what: &str, value: &str, most_bytes: usize) -> Result<(), Error> {
+    if value.len() > most_bytes {
         return Err(Error::InvalidParameter {
             message: format!("{what} is too long"),
             detail: Some(format!(
-                "It has {} bytes, at most {MAX_NAME_BYTES} are allowed.",
+                "It has {} bytes, at most {most_bytes} are allowed.",
                 value.len()
             )),
             hint: None,
         });
     }
     Ok(())
+}
+
+/// As [`name`], with a limit of its own: the longest that a table's indexes leave room for.
+pub fn short_name<'a>(
+    argument: &'static str,
+    value: Option<&'a str>,
+    most_bytes: usize,
+) -> Result<&'a str, Error> {
+    let value = required(argument, value)?;
+    if value.is_empty() {
+        return Err(Error::invalid(format!("{argument} must not be empty")));
+    }
+    within(argument, value, most_bytes)?;
+    Ok(value)
 }
 
 /// A tenant, or every one where it is NULL.
@@ -135,6 +153,14 @@ pub fn positive_span(argument: &'static str, value: Option<Interval>) -> Result<
 /// The length of an interval as PostgreSQL compares it: months of 30 days of 24 hours.
 fn microseconds(value: &Interval) -> i128 {
     (i128::from(value.months()) * 30 + i128::from(value.days())) * DAY + i128::from(value.micros())
+}
+
+/// An array in which no element is NULL.
+pub fn numbers(argument: &'static str, value: Option<Vec<Option<i64>>>) -> Result<Vec<i64>, Error> {
+    required(argument, value)?
+        .into_iter()
+        .map(|number| number.ok_or(Error::NullElement(argument)))
+        .collect()
 }
 
 /// A filter of names: NULL and the empty one let everything pass.

@@ -46,6 +46,12 @@ pub enum Error {
         token: i64,
         previous: i64,
     },
+    /// The job is not claimed with the token that was given.
+    JobLost {
+        job_id: i64,
+        token: i64,
+        actual: String,
+    },
     /// A bad argument; `message` names it.
     InvalidParameter {
         message: String,
@@ -170,6 +176,7 @@ impl Error {
             Error::GenerationDowngrade { .. } => "LS004",
             Error::OutdatedReplica { .. } => "LS005",
             Error::SourceNotCurrent { .. } => "LS006",
+            Error::JobLost { .. } => "LS007",
             Error::InvalidParameter { .. } => "22023",
             Error::NullArgument(_) | Error::NullElement(_) => "22004",
             Error::UniqueViolation { .. } => "23505",
@@ -213,6 +220,9 @@ impl Error {
             }
             Error::CannotPrepare(_) => {
                 "The lease could be taken over between PREPARE TRANSACTION and COMMIT PREPARED.".into()
+            }
+            Error::JobLost { token, actual, .. } => {
+                format!("Actual: {actual}, expected: in progress with token {token}.")
             }
             Error::NeedsOwnTransaction(_) => "It commits each of its tries.".into(),
             Error::InvalidParameter { detail, .. } => detail.clone()?,
@@ -317,6 +327,9 @@ impl Error {
             Error::TokenNotAbove { .. } => Some(
                 "ALTER SEQUENCE lockstep.token CACHE 1, then SELECT lockstep.after_data_loss().",
             ),
+            Error::JobLost { .. } => {
+                Some("Stop the work and roll back: the job is not this worker's.")
+            }
             Error::InvalidParameter { hint, .. } => *hint,
             Error::NeedsReadCommitted(_) => Some("Use a READ COMMITTED transaction."),
             Error::WaitsAfterPush(_) => Some(
@@ -436,6 +449,9 @@ impl fmt::Display for Error {
                 f,
                 "cannot PREPARE a transaction that guards lease \"{name}\" at its COMMIT"
             ),
+            Error::JobLost { job_id, token, .. } => {
+                write!(f, "job {job_id} is not claimed with token {token}")
+            }
             Error::NeedsOwnTransaction(procedure) => {
                 write!(
                     f,

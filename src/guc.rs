@@ -8,6 +8,7 @@ pub static CLAIM_SCAN_LIMIT: GucSetting<i32> = GucSetting::<i32>::new(100_000);
 
 pub static MAX_PARALLEL_CLAIMS: GucSetting<i32> = GucSetting::<i32>::new(0);
 pub static POLL_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(100);
+pub static MAX_JOBS_IN_PROGRESS: GucSetting<i32> = GucSetting::<i32>::new(0);
 
 static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 pub static WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
@@ -82,6 +83,17 @@ pub fn register() {
         60_000,
         GucContext::Userset,
         GucFlags::UNIT_MS,
+    );
+    // A superuser's setting: as lockstep.max_parallel_claims.
+    GucRegistry::define_int_guc(
+        c"lockstep.max_jobs_in_progress",
+        c"Limits the jobs in progress in each queue and tenant for which queue_configure has not said otherwise.",
+        c"0 means no limit.",
+        &MAX_JOBS_IN_PROGRESS,
+        0,
+        10_000,
+        GucContext::Suset,
+        GucFlags::default(),
     );
     GucRegistry::define_string_guc(
         c"lockstep.databases",

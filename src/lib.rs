@@ -11,6 +11,7 @@ mod error;
 mod event_log;
 mod generation;
 mod guc;
+mod job;
 mod jsonb;
 mod lease;
 mod lock;
@@ -41,12 +42,14 @@ extension_sql_file!(
     name = "generation",
     requires = ["token"]
 );
+extension_sql_file!("../sql/job.sql", name = "job", requires = ["token"]);
 extension_sql_file!(
     "../sql/status.sql",
     name = "status",
     requires = [
         "projection",
         "lease",
+        "job",
         event_log::writer_locks,
         projection::projection_locks,
         worker::workers,
@@ -109,6 +112,21 @@ extension_sql_file!(
         generation::replicas_due,
         generation::replica_sync_claim,
         generation::registry_follow,
+        job::job_enqueue,
+        job::job_claim,
+        job::job_renew,
+        job::job_complete,
+        job::job_fail,
+        job::job_guard,
+        job::job_cancel,
+        job::job_requeue,
+        job::job_discard,
+        job::job_purge,
+        job::job_reap,
+        job::job_wait,
+        job::queue_configure,
+        job::queue_pause,
+        job::queue_resume,
     ]
 );
 extension_sql_file!("../sql/privileges.sql", name = "privileges", finalize);
@@ -134,6 +152,9 @@ mod failure_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/generation.rs"]
 mod generation_tests;
+#[cfg(any(test, feature = "pg_test"))]
+#[path = "../pgrx-tests/job.rs"]
+mod job_tests;
 #[cfg(any(test, feature = "pg_test"))]
 #[path = "../pgrx-tests/lease.rs"]
 mod lease_tests;

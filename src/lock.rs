@@ -7,6 +7,7 @@
 //! A push takes AGGREGATE and UNIQUE_KEY locks in one sorted order, then WRITER_START, then WRITER, and waits for nobody after
 //! that. A claim takes PROJECTION_ALL shared, then PROJECTION, then runs the barrier, then takes SLOT. Whatever locks a lease's
 //! row takes LEASE first; see `lease.rs`.
+//! A job's claim takes JOB_SLOT and JOB_KEY, and its job's row after them, each only if it needs no wait.
 //!
 //! # Which interleaving each step of the writer and of the reader prevents
 //! A writer: (1) reads the ticket sequence, (2) takes WRITER_START with that value, (3) takes WRITER, (4) draws its ticket,
@@ -44,6 +45,9 @@ enum Kind {
     Slot = 7,
     Lease = 8,
     LeaseWaiter = 9,
+    JobKey = 10,
+    JobSlot = 11,
+    JobStatistics = 12,
 }
 
 /// How many bits of field 4 are left beside the kind.
@@ -163,6 +167,30 @@ impl Tag {
     /// Held, while it sleeps, by a session that waits in lease_take: nobody waits for this lock, it only tells who is there.
     pub fn lease_waiter(name: &str) -> Self {
         Tag::keyed(Kind::LeaseWaiter, &[name.as_bytes()])
+    }
+
+    /// A key of a queue: exclusive to the transaction that claims a job with it.
+    pub fn job_key(queue: &str, tenant: &str, key: &str) -> Self {
+        Tag::keyed(
+            Kind::JobKey,
+            &[tenant.as_bytes(), queue.as_bytes(), key.as_bytes()],
+        )
+    }
+
+    /// One of the places of a queue with a limit: exclusive to the transaction that claims a job for it.
+    pub fn job_slot(queue: &str, tenant: &str, number: i32) -> Self {
+        Tag::keyed(
+            Kind::JobSlot,
+            &[tenant.as_bytes(), queue.as_bytes(), &number.to_le_bytes()],
+        )
+    }
+
+    /// A row of a queue's statistics: exclusive to the transaction that adds to it.
+    pub fn job_statistics(queue: &str, tenant: &str, part: i32) -> Self {
+        Tag::keyed(
+            Kind::JobStatistics,
+            &[tenant.as_bytes(), queue.as_bytes(), &part.to_le_bytes()],
+        )
     }
 
     /// Waits, obeying lock_timeout, until the lock is this transaction's.

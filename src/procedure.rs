@@ -34,11 +34,21 @@ pub fn require_own_transaction(
 
 /// Runs `body` in the current transaction and commits it; for use after `require_own_transaction`.
 pub fn committed<T>(body: impl FnOnce() -> T) -> T {
+    committed_if(|| (body(), true))
+}
+
+/// Runs `body` in the current transaction and commits it, or rolls it back if `body` says so; for use after
+/// `require_own_transaction`.
+pub fn committed_if<T>(body: impl FnOnce() -> (T, bool)) -> T {
     // SAFETY: connections nest as Rust scopes do. While an error unwinds, PostgreSQL's own abort closes the connection.
     unsafe {
         pg_sys::SPI_connect_ext(pg_sys::SPI_OPT_NONATOMIC as i32);
-        let result = body();
-        pg_sys::SPI_commit();
+        let (result, stays) = body();
+        if stays {
+            pg_sys::SPI_commit();
+        } else {
+            pg_sys::SPI_rollback();
+        }
         pg_sys::SPI_finish();
         result
     }

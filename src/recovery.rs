@@ -5,6 +5,7 @@ use pgrx::prelude::*;
 use crate::catalog;
 use crate::error::{Error, OrRaise};
 use crate::generation;
+use crate::job;
 use crate::lease;
 use crate::lock;
 use crate::sequence::{TICKET, TOKEN};
@@ -15,7 +16,7 @@ const GAP: i64 = 1 << 32;
 
 /// Raises the ticket and every token by 2^32, so that no position or token that a lost commit had is given again, and no token that
 /// was handed out before counts any more: each holder has to acquire again. For use once after a failover or a point-in-time recovery
-/// that lost commits. Waits, obeying lock_timeout, for the pushes, acquisitions, renewals and syncs in flight; they wait for it until its
+/// that lost commits. Waits, obeying lock_timeout, for the pushes, acquisitions, renewals, syncs and claims in flight; they wait for it until its
 /// transaction ends. Transactions that do several of these can meet it in a deadlock (40P01): repeat it.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
@@ -24,11 +25,12 @@ fn after_data_loss() {
         snapshot::require_read_write("after_data_loss")?;
         // Whoever draws a token locks one of these tables first, and writes its row after the draw: with the tables locked,
         // nobody has drawn a token whose row is not there to be raised. The resources before their replicas, as everywhere.
-        for table in [c"resources", c"replicas", c"leases"] {
+        for table in [c"resources", c"replicas", c"leases", c"jobs"] {
             lock::lock_table(catalog::relation(table));
         }
         lease::raise_tokens(GAP);
         generation::raise_tokens(GAP);
+        job::raise_tokens(GAP);
         TICKET.raise(|value| value.saturating_add(GAP));
         TOKEN.raise(|value| value.saturating_add(GAP));
         Ok::<_, Error>(())

@@ -31,6 +31,14 @@ pub static TOKEN: Sequence = Sequence {
     ),
 };
 
+/// Ids of jobs: among jobs of one priority the least is claimed first.
+pub static JOB_ID: Sequence = Sequence {
+    name: c"job_id",
+    last_value: Plan::new(
+        "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM lockstep.job_id",
+    ),
+};
+
 impl Sequence {
     /// Draws the next number.
     pub fn next(&self) -> i64 {

@@ -396,6 +396,70 @@ impl IntoDatum for Raw {
     }
 }
 
+/// What a function that returns `SETOF lockstep.jobs` hands back: rows that statements have returned as they stand in the table,
+/// moved into a tuplestore without being taken apart.
+pub struct Jobs {
+    tuples: Vec<pg_sys::HeapTuple>,
+    connection: Spi,
+}
+
+impl Jobs {
+    pub fn none() -> Self {
+        Jobs {
+            tuples: Vec::new(),
+            connection: Spi::connect(),
+        }
+    }
+
+    pub fn spi(&self) -> &Spi {
+        &self.connection
+    }
+
+    pub fn count(&self) -> usize {
+        self.tuples.len()
+    }
+
+    /// Runs a statement that writes and returns whole rows of lockstep.jobs, and keeps those; their ids.
+    pub fn write(&mut self, plan: &Plan, args: &[Arg]) -> Vec<i64> {
+        let rows = self.connection.write_latest(plan, args);
+        let ids = (0..rows.count())
+            .filter_map(|row| rows.get(row, 1))
+            .collect();
+        // They live until the connection ends.
+        let tuples = (0..rows.count()).filter_map(|row| rows.tuple(row).map(|(tuple, _)| tuple));
+        let tuples: Vec<pg_sys::HeapTuple> = tuples.collect();
+        self.tuples.extend(tuples);
+        ids
+    }
+}
+
+// SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
+unsafe impl BoxRet for Jobs {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        // SAFETY: fcinfo is that of a set-returning function; the tuples are of the row type and live until self is dropped.
+        unsafe {
+            let raw = fcinfo.as_mut_ptr();
+            pg_sys::InitMaterializedSRF(raw, 0);
+            let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            for tuple in &self.tuples {
+                pg_sys::tuplestore_puttuple((*result).setResult, *tuple);
+            }
+        }
+        fcinfo.return_null()
+    }
+}
+
+// SAFETY: the SQL type of what box_into returns.
+unsafe impl SqlTranslatable for Jobs {
+    fn argument_sql() -> Result<SqlMapping, ArgumentError> {
+        Err(ArgumentError::NotValidAsArgument("Jobs"))
+    }
+
+    fn return_sql() -> Result<Returns, ReturnsError> {
+        Ok(Returns::One(SqlMapping::literal("SETOF lockstep.jobs")))
+    }
+}
+
 /// The types `lockstep.events` and `lockstep.events[]`.
 pub struct EventTypes {
     pub row: pg_sys::Oid,

@@ -34,6 +34,11 @@ pub enum Event<'a> {
     },
     /// The lease was released, or a transaction that was acquiring it has ended.
     Lease { name: &'a str },
+    /// A job of the queue may have become claimable in the tenant, or, for who waits for any, in some tenant.
+    Queue {
+        queue: &'a str,
+        tenant: Option<&'a str>,
+    },
 }
 
 /// What a look at the awaited state found.
@@ -65,6 +70,14 @@ impl Event<'_> {
                 tenant.as_bytes(),
             ]),
             Event::Lease { name } => lock::hash(&[b"lease", &database, name.as_bytes()]),
+            Event::Queue {
+                queue,
+                tenant: Some(tenant),
+            } => lock::hash(&[b"queue", &database, queue.as_bytes(), tenant.as_bytes()]),
+            Event::Queue {
+                queue,
+                tenant: None,
+            } => lock::hash(&[b"queue", &database, queue.as_bytes()]),
         }
     }
 }
@@ -77,8 +90,8 @@ enum Address {
 }
 
 thread_local! {
-    /// What the running transaction has announced.
-    static ANNOUNCED: RefCell<HashSet<Address>> = RefCell::new(HashSet::new());
+    /// What the running transaction has announced, and whether only for its rollback.
+    static ANNOUNCED: RefCell<HashSet<(Address, bool)>> = RefCell::new(HashSet::new());
     /// Whether the ends of this backend's transactions are followed already.
     static FOLLOWING: Cell<bool> = const { Cell::new(false) };
 }
@@ -91,21 +104,26 @@ pub fn preload() {
 
 /// Wakes who waits for the event, when this transaction has ended and released its locks.
 pub fn announce(event: &Event) {
-    announce_to(|| Address::Seats(event.key()));
+    announce_to(|| Address::Seats(event.key()), false);
+}
+
+/// Wakes who waits for the event if this transaction, which holds back what they wait for, is rolled back.
+pub fn announce_if_rolled_back(event: &Event) {
+    announce_to(|| Address::Seats(event.key()), true);
 }
 
 /// Has the workers look at the tenant, when this transaction, which pushes to it, has ended.
 pub fn announce_push(tenant: &str) {
-    announce_to(|| Address::Launcher(Mail::Tenant(tenant.to_owned())));
+    announce_to(|| Address::Launcher(Mail::Tenant(tenant.to_owned())), false);
 }
 
 /// Has the workers look at everything, when this transaction has ended: a projection was created, changed, resumed, reset, or
 /// given to another role.
 pub fn announce_projection_change() {
-    announce_to(|| Address::Launcher(Mail::ProjectionChanged));
+    announce_to(|| Address::Launcher(Mail::ProjectionChanged), false);
 }
 
-fn announce_to(address: impl FnOnce() -> Address) {
+fn announce_to(address: impl FnOnce() -> Address, if_rolled_back: bool) {
     if !mailbox::is_there() {
         return;
     }
@@ -116,18 +134,21 @@ fn announce_to(address: impl FnOnce() -> Address) {
         }
     }
     let address = address();
-    ANNOUNCED.with_borrow_mut(|announced| announced.insert(address));
+    ANNOUNCED.with_borrow_mut(|announced| announced.insert((address, if_rolled_back)));
 }
 
 #[pg_guard]
 unsafe extern "C-unwind" fn after_release(
     phase: pg_sys::ResourceReleasePhase::Type,
-    _is_commit: bool,
+    is_commit: bool,
     is_top_level: bool,
     _argument: *mut std::ffi::c_void,
 ) {
     if is_top_level && phase == pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
-        for address in ANNOUNCED.take() {
+        for (address, if_rolled_back) in ANNOUNCED.take() {
+            if if_rolled_back && is_commit {
+                continue;
+            }
             match address {
                 Address::Launcher(mail) => mailbox::post(&mail),
                 Address::Seats(key) => seat::wake(key),

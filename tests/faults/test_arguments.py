@@ -64,6 +64,20 @@ VALID = {
     "ttl": "'1 minute'",
     "up_to": "2",
     "wait": "false",
+    "backoff": "'1 second'",
+    "delay": "'1 second'",
+    "job_id": "1",
+    "job_ids": "ARRAY[1]",
+    "key": "'k'",
+    "kind": "'a'",
+    "max_attempts": "3",
+    "max_backoff": "'1 minute'",
+    "max_in_progress": "1",
+    "max_jobs": "1",
+    "on_twin": "'keep'",
+    "priority": "0",
+    "queue": "'q'",
+    "tokens": "ARRAY[1]",
 }
 
 # Where NULL has a meaning, as the reference says.
@@ -94,6 +108,14 @@ MEANS_SOMETHING = {
     "replica_sync_claim": {"tenant"},
     "replica_sync_finish": {"error"},
     "replicas_due": {"tenant"},
+    "job_claim": {"tenant"},
+    "job_enqueue": {"key", "max_attempts"},
+    "job_fail": {"retry_after"},
+    "job_purge": {"tenant"},
+    "job_reap": {"tenant"},
+    "queue_configure": {"backoff", "max_backoff", "max_in_progress", "tenant"},
+    "queue_pause": {"tenant"},
+    "queue_resume": {"tenant"},
 }
 
 CLAIM = "SELECT * FROM lockstep.projection_claim('p')"
@@ -101,6 +123,8 @@ HANDLER = "SELECT lockstep.projection_alter('p', handler => 'public.handle(locks
 DEAD_LETTER = f"{HANDLER} {CLAIM}; SELECT lockstep.projection_fail('p', 2, 'no')"
 
 LEASE = "SELECT lockstep.lease_acquire('p', 'a')"
+JOB = """SELECT setval('lockstep.job_id', 1, false), setval('lockstep.token', 1, false);
+         SELECT lockstep.job_enqueue('q', 'k', 'b'); SELECT lockstep.job_claim('q', 'w')"""
 
 # What must be done before a call with valid arguments.
 BEFORE = {
@@ -113,6 +137,11 @@ BEFORE = {
     "projection_fail": CLAIM,
     "projection_run": HANDLER,
     "resource_create": "SELECT lockstep.resource_delete('r')",
+    "job_claim": JOB,
+    "job_complete": JOB,
+    "job_fail": JOB,
+    "job_guard": JOB,
+    "job_renew": JOB,
 }
 
 
@@ -201,6 +230,8 @@ def test_a_null_in_an_array_of_names_is_refused(session):
         ("replicas", "SELECT lockstep.resource_create('n', ARRAY['a', NULL])"),
         ("replicas", "SELECT lockstep.generation_increment('r', ARRAY['a', NULL])"),
         ("replicas", "SELECT lockstep.registry_follow('updated', 'r', ARRAY['a', NULL])"),
+        ("job_ids", "SELECT lockstep.job_renew(ARRAY[1, NULL], ARRAY[1, 2])"),
+        ("tokens", "SELECT lockstep.job_renew(ARRAY[1, 2], ARRAY[NULL, 2])"),
     ):
         with raises("22004") as caught:
             session.execute(query)
@@ -357,6 +388,37 @@ BAD = [
     (f"replica_sync_claim('w', tenant => {LONG})", "tenant"),
     ("registry_follow('', 'r')", "event_type"),
     ("registry_follow('updated', '')", "resource"),
+    ("job_enqueue('', 'k', 'a')", "queue"),
+    ("job_enqueue('q', '', 'a')", "key"),
+    ("job_enqueue('q', 'k', '')", "kind"),
+    ("job_enqueue(repeat('x', 601), 'k', 'a')", "queue"),
+    ("job_enqueue('q', repeat('x', 601), 'a')", "key"),
+    ("job_enqueue('q', 'k', repeat('x', 601))", "kind"),
+    (f"job_enqueue('q', 'k', 'a', tenant => {LONG})", "tenant"),
+    ("job_enqueue('q', 'k', 'a', max_attempts => 0)", "max_attempts"),
+    ("job_enqueue('q', 'k', 'a', delay => '-1 second')", "delay"),
+    ("job_enqueue('q', 'k', 'a', delay => '2000 years')", "delay"),
+    ("job_enqueue('q', 'k', 'a', on_twin => 'Keep')", "on_twin"),
+    ("job_claim('', 'w')", "queue"),
+    ("job_claim('q', '')", "holder"),
+    (f"job_claim('q', {LONG})", "holder"),
+    ("job_claim('q', 'w', max_jobs => 0)", "max_jobs"),
+    ("job_claim('q', 'w', ttl => '0')", "ttl"),
+    ("job_claim('q', 'w', ttl => '-1 second')", "ttl"),
+    (f"job_claim('q', 'w', tenant => {LONG})", "tenant"),
+    ("job_renew('{1}', '{1,2}')", "tokens"),
+    ("job_renew('{1}', '{1}', '0')", "ttl"),
+    ("job_fail(1, 1, 'no', '-1 second')", "retry_after"),
+    ("job_purge('-1 second')", "older_than"),
+    (f"job_purge('1 second', {LONG})", "tenant"),
+    (f"job_reap({LONG})", "tenant"),
+    ("queue_configure('')", "queue"),
+    ("queue_configure('q', -2)", "max_in_progress"),
+    ("queue_configure('q', 10001)", "max_in_progress"),
+    ("queue_configure('q', backoff => '-1 second')", "backoff"),
+    ("queue_configure('q', max_backoff => '-1 second')", "max_backoff"),
+    ("queue_pause('')", "queue"),
+    (f"queue_resume('q', {LONG})", "tenant"),
 ]
 
 

@@ -1,0 +1,323 @@
+//! The end of an attempt, and what keeps it from ending: renewing, guarding.
+//!
+//! Each statement asks for the token and locks the row in one, so it either meets the attempt or finds it lost. Nothing here
+//! takes a lock but that of the row; what touches several rows skips those that are locked, so no two of these can deadlock.
+
+use pgrx::datum::Interval;
+
+use super::{dead, queue, statistics};
+use crate::error::Error;
+use crate::snapshot::At;
+use crate::spi::{Arg, Plan, Spi};
+
+/// What became of the attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Completed,
+    /// The job is ready again, or merged into its twin.
+    Retry,
+    Dead,
+    /// The attempt had ended before.
+    Lost,
+}
+
+impl End {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            End::Completed => "completed",
+            End::Retry => "retry",
+            End::Dead => "dead",
+            End::Lost => "lost",
+        }
+    }
+}
+
+pub fn complete(job_id: i64, token: i64) -> End {
+    static DELETE: Plan = Plan::new(
+        "DELETE FROM lockstep.jobs WHERE job_id = $1 AND token = $2
+         RETURNING queue, tenant, EXTRACT(epoch FROM claimed_at - run_at)::float8,
+                   EXTRACT(epoch FROM pg_catalog.clock_timestamp() - claimed_at)::float8",
+    );
+    let spi = Spi::connect();
+    let rows = spi.write_latest(&DELETE, &[Arg::from(job_id), Arg::from(token)]);
+    let (Some(queue), Some(tenant)) = (rows.get::<String>(0, 1), rows.get::<String>(0, 2)) else {
+        return End::Lost;
+    };
+    let seconds = |column| rows.get(0, column).unwrap_or_default();
+    statistics::completed(&queue, &tenant, seconds(3), seconds(4));
+    queue::announce(&queue, &tenant);
+    End::Completed
+}
+
+pub fn fail(job_id: i64, token: i64, error: &str, retry_after: Option<Interval>) -> End {
+    static LOCK: Plan = Plan::new(
+        "SELECT COALESCE(attempts_left = 0, false), queue, tenant FROM lockstep.jobs
+         WHERE job_id = $1 AND token = $2
+         FOR UPDATE",
+    );
+    let spi = Spi::connect();
+    let rows = spi.write_latest(&LOCK, &[Arg::from(job_id), Arg::from(token)]);
+    let (Some(spent), Some(queue), Some(tenant)) = (
+        rows.get(0, 1),
+        rows.get::<String>(0, 2),
+        rows.get::<String>(0, 3),
+    ) else {
+        return End::Lost;
+    };
+    if spent {
+        dead::bury(&spi, job_id, error);
+        return End::Dead;
+    }
+    if merge(&spi, job_id, Some(error)).is_none() {
+        let settings = queue::settings(&spi, &queue, &tenant);
+        make_ready(&spi, job_id, error, Delay::of(retry_after, &settings));
+    }
+    queue::announce(&queue, &tenant);
+    End::Retry
+}
+
+/// How long a job waits that failed.
+struct Delay {
+    given: Option<Interval>,
+    backoff: Interval,
+    max_backoff: Interval,
+}
+
+impl Delay {
+    fn of(given: Option<Interval>, settings: &queue::Settings) -> Self {
+        Delay {
+            given,
+            backoff: settings.backoff,
+            max_backoff: settings.max_backoff,
+        }
+    }
+
+    fn none() -> Self {
+        Delay {
+            given: Some(Interval::from_micros(0)),
+            backoff: Interval::from_micros(0),
+            max_backoff: Interval::from_micros(0),
+        }
+    }
+}
+
+/// Ends the attempt of a job whose row the caller has locked. Seconds as floats: an interval doubled 60 times overflows.
+fn make_ready(spi: &Spi, job_id: i64, error: &str, delay: Delay) {
+    static UPDATE: Plan = Plan::new(
+        "UPDATE lockstep.jobs AS j
+         SET state = 'ready', retry_id = CASE WHEN j.key IS NULL THEN 0 ELSE j.job_id END,
+             token = NULL, holder = NULL, claimed_until = NULL, claimed_at = NULL, slot = NULL,
+             previous_holder = j.holder, last_error = $2, last_failed_at = t.now,
+             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay END,
+             lane = CASE WHEN j.key IS NULL THEN 1 ELSE 0 END + CASE WHEN d.delay > '0' THEN 2 ELSE 0 END
+         FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now),
+              (SELECT job_id,
+                      COALESCE($3, pg_catalog.make_interval(secs =>
+                          LEAST(EXTRACT(epoch FROM $5)::float8,
+                                EXTRACT(epoch FROM $4)::float8 * pg_catalog.power(2::float8, LEAST(GREATEST(attempts - 1, 0), 60)))
+                          * (0.5 + pg_catalog.random() / 2)))
+               FROM lockstep.jobs WHERE job_id = $1 OFFSET 0) AS d (job_id, delay)
+         WHERE j.job_id = d.job_id",
+    );
+    let args = [
+        Arg::from(job_id),
+        Arg::from(error),
+        Arg::from(delay.given),
+        Arg::from(delay.backoff),
+        Arg::from(delay.max_backoff),
+    ];
+    spi.write_latest(&UPDATE, &args);
+}
+
+/// Merges a job, whose row the caller has locked, into its ready twin, if there is one that nobody else has locked; the twin's id.
+/// A locked one is being enqueued onto or claimed: the two are merged when this job is claimed the next time.
+pub fn merge(spi: &Spi, job_id: i64, error: Option<&str>) -> Option<i64> {
+    static MERGE: Plan = Plan::new(
+        "WITH twin AS (
+             SELECT t.job_id
+             FROM lockstep.jobs AS x
+             JOIN lockstep.jobs AS t
+                 ON t.queue = x.queue AND t.tenant = x.tenant AND t.key = x.key AND t.kind = x.kind
+             WHERE x.job_id = $1 AND t.state = 'ready' AND t.key IS NOT NULL AND t.job_id <> $1
+             ORDER BY t.retry_id LIMIT 1
+             FOR UPDATE OF t SKIP LOCKED
+         ), gone AS (
+             DELETE FROM lockstep.jobs WHERE job_id = $1 AND EXISTS (SELECT FROM twin)
+             RETURNING attempts, attempts_left, last_error, last_failed_at, holder, previous_holder
+         )
+         UPDATE lockstep.jobs AS t
+         SET attempts = t.attempts + g.attempts, attempts_left = LEAST(t.attempts_left, g.attempts_left),
+             last_error = COALESCE($2, g.last_error),
+             last_failed_at = CASE WHEN $2 IS NULL THEN g.last_failed_at ELSE pg_catalog.clock_timestamp() END,
+             previous_holder = COALESCE(g.holder, g.previous_holder)
+         FROM twin, gone AS g
+         WHERE t.job_id = twin.job_id
+         RETURNING t.job_id",
+    );
+    let args = [Arg::from(job_id), Arg::from(error)];
+    spi.write_latest(&MERGE, &args).get(0, 1)
+}
+
+/// An expired claim whose row this transaction has locked.
+pub struct Expired {
+    pub job_id: i64,
+    /// No attempt is left.
+    pub spent: bool,
+    pub error: String,
+}
+
+/// Locks an expired claim, unless somebody has: its worker, which renews or acknowledges it, a guard, another claim.
+pub fn lock_expired(spi: &Spi, job_id: i64) -> Option<Expired> {
+    static LOCK: Plan = Plan::new(
+        "SELECT COALESCE(attempts_left = 0, false), holder FROM lockstep.jobs
+         WHERE job_id = $1 AND COALESCE(claimed_until <= (SELECT pg_catalog.clock_timestamp()), false)
+         FOR UPDATE SKIP LOCKED",
+    );
+    let rows = spi.write_latest(&LOCK, &[Arg::from(job_id)]);
+    Some(Expired {
+        job_id,
+        spent: rows.get(0, 1)?,
+        error: expired_error(&rows.get::<String>(0, 2)?),
+    })
+}
+
+fn expired_error(holder: &str) -> String {
+    format!("the claim of \"{holder}\" expired")
+}
+
+impl Expired {
+    /// Ends the attempt: dead, merged into the twin, or ready again.
+    pub fn settle(&self, spi: &Spi) {
+        if self.spent {
+            dead::bury(spi, self.job_id, &self.error);
+        } else if merge(spi, self.job_id, Some(&self.error)).is_none() {
+            make_ready(spi, self.job_id, &self.error, Delay::none());
+        }
+    }
+}
+
+pub fn reap(tenant: Option<&str>) -> i64 {
+    const BATCH: usize = 1000;
+    static LOCK: Plan = Plan::joining(
+        "SELECT job_id, COALESCE(attempts_left = 0, false), holder, queue, tenant FROM lockstep.jobs
+         WHERE claimed_until <= (SELECT pg_catalog.clock_timestamp())
+             AND ($1 IS NULL OR tenant = $1)
+         LIMIT 1000
+         FOR UPDATE SKIP LOCKED",
+    );
+    let spi = Spi::connect();
+    let mut reaped = 0;
+    loop {
+        let rows = spi.write_latest(&LOCK, &[Arg::from(tenant)]);
+        for row in 0..rows.count() {
+            let (Some(job_id), Some(spent), Some(holder), Some(queue), Some(tenant)) = (
+                rows.get(row, 1),
+                rows.get(row, 2),
+                rows.get::<String>(row, 3),
+                rows.get::<String>(row, 4),
+                rows.get::<String>(row, 5),
+            ) else {
+                continue;
+            };
+            let expired = Expired {
+                job_id,
+                spent,
+                error: expired_error(&holder),
+            };
+            expired.settle(&spi);
+            queue::announce(&queue, &tenant);
+            reaped += 1;
+        }
+        if rows.count() < BATCH {
+            return reaped;
+        }
+    }
+}
+
+/// The ids of the jobs that are still claimed with their tokens. Rows are skipped that others have locked: to wait for them in any
+/// order could deadlock with a transaction that completes several jobs. A claim that has not expired can be locked so by its own
+/// worker alone, so it is still that worker's; of one that has, nobody can tell.
+pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
+    static RENEW: Plan = Plan::new(
+        "UPDATE lockstep.jobs AS j SET claimed_until = pg_catalog.clock_timestamp() + $3
+         FROM (SELECT r.job_id
+               FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
+               JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
+               FOR NO KEY UPDATE OF r SKIP LOCKED) AS o
+         WHERE j.job_id = o.job_id
+         RETURNING j.job_id",
+    );
+    static LOCKED: Plan = Plan::new(
+        "SELECT r.job_id
+         FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
+         JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
+         WHERE r.claimed_until > pg_catalog.clock_timestamp() AND NOT r.job_id = ANY ($3)",
+    );
+    let given = job_ids.len();
+    let spi = Spi::connect();
+    let args = [
+        Arg::from(job_ids.clone()),
+        Arg::from(tokens.clone()),
+        Arg::from(ttl),
+    ];
+    let rows = spi.write_latest(&RENEW, &args);
+    let mut owned: Vec<i64> = (0..rows.count())
+        .filter_map(|row| rows.get(row, 1))
+        .collect();
+    if owned.len() < given {
+        let args = [
+            Arg::from(job_ids),
+            Arg::from(tokens),
+            Arg::from(owned.clone()),
+        ];
+        let rows = spi.read(&LOCKED, At::Latest, &args);
+        owned.extend((0..rows.count()).filter_map(|row| rows.get::<i64>(row, 1)));
+    }
+    owned.sort_unstable();
+    owned.dedup();
+    owned
+}
+
+/// FOR KEY SHARE: renewals go on beside it, whatever removes the job or gives it away waits, and a claim skips it.
+pub fn guard(job_id: i64, token: i64) -> Result<(), Error> {
+    static LOCK: Plan =
+        Plan::new("SELECT FROM lockstep.jobs WHERE job_id = $1 AND token = $2 FOR KEY SHARE");
+    static STATE: Plan = Plan::new("SELECT state FROM lockstep.jobs WHERE job_id = $1");
+    let spi = Spi::connect();
+    if spi
+        .write_latest(&LOCK, &[Arg::from(job_id), Arg::from(token)])
+        .count()
+        > 0
+    {
+        return Ok(());
+    }
+    let state: Option<String> = spi.read(&STATE, At::Latest, &[Arg::from(job_id)]).get(0, 1);
+    let actual = match state.as_deref() {
+        None => "no such job",
+        Some("ready") => "ready",
+        Some(_) => "in progress with another token",
+    };
+    Err(Error::JobLost {
+        job_id,
+        token,
+        actual: actual.to_owned(),
+    })
+}
+
+pub fn cancel(job_id: i64) -> bool {
+    static DELETE: Plan =
+        Plan::new("DELETE FROM lockstep.jobs WHERE job_id = $1 RETURNING queue, tenant");
+    let spi = Spi::connect();
+    let rows = spi.write_latest(&DELETE, &[Arg::from(job_id)]);
+    if let (Some(queue), Some(tenant)) = (rows.get::<String>(0, 1), rows.get::<String>(0, 2)) {
+        queue::announce(&queue, &tenant);
+    }
+    rows.count() > 0
+}
+
+/// Makes every token that was handed out count no more.
+pub fn raise_tokens(by: i64) {
+    static UPDATE: Plan =
+        Plan::joining("UPDATE lockstep.jobs SET token = token + $1 WHERE token IS NOT NULL");
+    Spi::connect().write_latest(&UPDATE, &[Arg::from(by)]);
+}

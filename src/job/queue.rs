@@ -1,0 +1,223 @@
+//! What was said of a queue: paused or not, how many jobs at once, how long failed ones wait.
+
+use pgrx::datum::Interval;
+
+use crate::error::Error;
+use crate::guc;
+use crate::lock::{Mode, Tag};
+use crate::snapshot::At;
+use crate::spi::{Arg, Plan, Spi};
+use crate::wakeup::{self, Event};
+
+/// The places of a queue are looked through one by one.
+pub const MOST_IN_PROGRESS: i32 = 10_000;
+
+/// How a queue is worked on in a tenant.
+pub struct Settings {
+    pub paused: bool,
+    /// None: any number.
+    pub max_in_progress: Option<i32>,
+    pub backoff: Interval,
+    pub max_backoff: Interval,
+}
+
+/// What to change; None keeps.
+pub struct Changes {
+    pub paused: Option<bool>,
+    pub max_in_progress: Option<i32>,
+    pub backoff: Option<Interval>,
+    pub max_backoff: Option<Interval>,
+}
+
+const SECOND: i64 = 1_000_000;
+
+pub fn limit(value: i32) -> Result<i32, Error> {
+    if !(-1..=MOST_IN_PROGRESS).contains(&value) {
+        return Err(Error::invalid(format!(
+            "max_in_progress must be between -1 and {MOST_IN_PROGRESS}, not {value}"
+        )));
+    }
+    Ok(value)
+}
+
+pub fn settings(spi: &Spi, queue: &str, tenant: &str) -> Settings {
+    static READ: Plan = Plan::new(
+        "SELECT paused, max_in_progress, backoff, max_backoff FROM lockstep.queues
+         WHERE queue = $1 AND every_tenant = true AND tenant = ''
+         UNION ALL
+         SELECT paused, max_in_progress, backoff, max_backoff FROM lockstep.queues
+         WHERE queue = $1 AND every_tenant = false AND tenant = $2",
+    );
+    let rows = spi.read(&READ, At::Latest, &[Arg::from(queue), Arg::from(tenant)]);
+    let mut settings = Settings {
+        paused: false,
+        max_in_progress: None,
+        backoff: Interval::from_micros(SECOND),
+        max_backoff: Interval::from_micros(300 * SECOND),
+    };
+    let mut max_in_progress = -1;
+    // The second row is what was said of the tenant itself.
+    for row in 0..rows.count() {
+        settings.paused = rows.get(row, 1).unwrap_or(settings.paused);
+        max_in_progress = rows.get(row, 2).unwrap_or(max_in_progress);
+        settings.backoff = rows.get(row, 3).unwrap_or(settings.backoff);
+        settings.max_backoff = rows.get(row, 4).unwrap_or(settings.max_backoff);
+    }
+    if max_in_progress < 0 {
+        max_in_progress = guc::MAX_JOBS_IN_PROGRESS.get();
+    }
+    settings.max_in_progress = Some(max_in_progress).filter(|limit| *limit > 0);
+    settings
+}
+
+pub fn change(queue: &str, tenant: Option<&str>, changes: &Changes) {
+    static UPSERT: Plan = Plan::new(
+        "INSERT INTO lockstep.queues AS q (queue, every_tenant, tenant, paused, max_in_progress, backoff, max_backoff)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)
+         ON CONFLICT (queue, every_tenant, tenant) DO UPDATE
+         SET paused = COALESCE(EXCLUDED.paused, q.paused),
+             max_in_progress = COALESCE(EXCLUDED.max_in_progress, q.max_in_progress),
+             backoff = COALESCE(EXCLUDED.backoff, q.backoff),
+             max_backoff = COALESCE(EXCLUDED.max_backoff, q.max_backoff)",
+    );
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant.is_none()),
+        Arg::from(tenant.unwrap_or_default()),
+        Arg::from(changes.paused),
+        Arg::from(changes.max_in_progress),
+        Arg::from(changes.backoff),
+        Arg::from(changes.max_backoff),
+    ];
+    let spi = Spi::connect();
+    spi.write_latest(&UPSERT, &args);
+    match tenant {
+        Some(tenant) => announce(queue, tenant),
+        None => announce_everywhere(&spi, queue),
+    }
+}
+
+/// What is said of every tenant holds for each, whatever was said of it before.
+pub fn set_paused(queue: &str, tenant: Option<&str>, paused: bool) {
+    static CLEAR: Plan = Plan::new(
+        "UPDATE lockstep.queues SET paused = NULL WHERE queue = $1 AND every_tenant = false AND paused IS NOT NULL",
+    );
+    if tenant.is_none() {
+        Spi::connect().write_latest(&CLEAR, &[Arg::from(queue)]);
+    }
+    let changes = Changes {
+        paused: Some(paused),
+        max_in_progress: None,
+        backoff: None,
+        max_backoff: None,
+    };
+    change(queue, tenant, &changes);
+}
+
+/// Wakes who waits for the queue's jobs when this transaction has ended.
+pub fn announce(queue: &str, tenant: &str) {
+    tell(queue, tenant, wakeup::announce);
+}
+
+/// Wakes who waits for the queue's jobs if this transaction, which has claimed some, is rolled back.
+pub fn announce_if_rolled_back(queue: &str, tenant: &str) {
+    tell(queue, tenant, wakeup::announce_if_rolled_back);
+}
+
+/// Who waits for a job of this tenant, and who waits for one of any.
+fn tell(queue: &str, tenant: &str, announce: impl Fn(&Event)) {
+    for tenant in [Some(tenant), None] {
+        announce(&Event::Queue { queue, tenant });
+    }
+}
+
+fn announce_everywhere(spi: &Spi, queue: &str) {
+    let mut tenant = first_tenant(spi, queue);
+    while let Some(name) = tenant {
+        announce(queue, &name);
+        tenant = next_tenant(spi, queue, &name);
+    }
+}
+
+macro_rules! tenant_after {
+    ($bound:literal) => {
+        concat!(
+            "SELECT LEAST((SELECT j.tenant FROM lockstep.jobs AS j
+                           WHERE j.queue = $1 AND j.state = 'ready' ",
+            $bound,
+            "
+                           ORDER BY j.tenant LIMIT 1),
+                          (SELECT j.tenant FROM lockstep.jobs AS j
+                           WHERE j.queue = $1 AND j.state = 'in_progress' ",
+            $bound,
+            "
+                               AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
+                           ORDER BY j.tenant LIMIT 1))"
+        )
+    };
+}
+
+/// The first of the tenants that have jobs in the queue, be they ready, delayed or expired.
+pub fn first_tenant(spi: &Spi, queue: &str) -> Option<String> {
+    static FIRST: Plan = Plan::new(tenant_after!(""));
+    spi.read(&FIRST, At::Latest, &[Arg::from(queue)]).get(0, 1)
+}
+
+pub fn next_tenant(spi: &Spi, queue: &str, after: &str) -> Option<String> {
+    static NEXT: Plan = Plan::new(tenant_after!("AND j.tenant > $2"));
+    let args = [Arg::from(queue), Arg::from(after)];
+    spi.read(&NEXT, At::Latest, &args).get(0, 1)
+}
+
+/// One of the places of a queue that has a limit, taken for this transaction.
+pub struct Place {
+    pub number: i32,
+    tag: Tag,
+}
+
+impl Place {
+    /// Gives it back: no job was claimed for it.
+    pub fn release(self) {
+        self.tag.release(Mode::Exclusive);
+    }
+}
+
+/// Takes a place of the queue that no job and no other claim has, if there is one. JOB_SLOT before the look: two claims that saw
+/// the same place free would meet in the index. `taken`: the places that the caller has.
+pub fn take_place(
+    spi: &Spi,
+    queue: &str,
+    tenant: &str,
+    limit: i32,
+    taken: &[i32],
+) -> Option<Place> {
+    // Jobs without a place are from before the limit: each counts for the last ones.
+    static FREE: Plan = Plan::new(
+        "SELECT p.n
+         FROM pg_catalog.generate_series(1, $3 - (SELECT pg_catalog.count(*)::int FROM lockstep.jobs AS j
+                                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until IS NOT NULL
+                                                      AND j.slot IS NULL)) AS p (n)
+         WHERE NOT EXISTS (SELECT FROM lockstep.jobs AS j
+                           WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = p.n)",
+    );
+    static IS_FREE: Plan = Plan::new(
+        "SELECT NOT EXISTS (SELECT FROM lockstep.jobs AS j
+                            WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = $3)",
+    );
+    let args = [Arg::from(queue), Arg::from(tenant), Arg::from(limit)];
+    let rows = spi.read(&FREE, At::Latest, &args);
+    let free = (0..rows.count()).filter_map(|row| rows.get::<i32>(row, 1));
+    for number in free.filter(|number| !taken.contains(number)) {
+        let tag = Tag::job_slot(queue, tenant, number);
+        if !tag.try_acquire(Mode::Exclusive) {
+            continue;
+        }
+        let place = Place { number, tag };
+        let args = [Arg::from(queue), Arg::from(tenant), Arg::from(number)];
+        if spi.read(&IS_FREE, At::Latest, &args).get(0, 1) == Some(true) {
+            return Some(place);
+        }
+        place.release();
+    }
+    None
+}

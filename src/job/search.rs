@@ -1,0 +1,405 @@
+//! Which jobs a claim tries, and in which order. A search only reads: what it finds may be another's by now.
+//!
+//! Five streams, each the walk of an index, are merged: jobs with a key and jobs without one, ready at once or when a time has
+//! come, and expired claims. They are kept apart so that none has to read through another's rows: the clock's through those that are
+//! not due, those without a key through the backlog of a busy one.
+//!
+//! A key with a long backlog fills the stream of those with a key. Past [`KEYED`] of them, [`KeyWalk`] asks the index of keys
+//! for one key after the other and the first job of each: busy or not, a key costs one look.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+
+use crate::snapshot::At;
+use crate::spi::{Arg, Plan, Rows, Spi};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Keyed,
+    Keyless,
+    /// Ready since a time that came.
+    Due,
+    Expired,
+}
+
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub source: Source,
+    pub job_id: i64,
+    pub key: Option<String>,
+    pub kind: String,
+    pub priority: i32,
+    run_at: i64,
+    /// It has failed before, so a twin of it may have been enqueued.
+    pub failed: bool,
+}
+
+impl Candidate {
+    fn read(rows: &Rows, row: usize, source: Source) -> Option<Self> {
+        Some(Candidate {
+            source,
+            job_id: rows.get(row, 1)?,
+            key: rows.get(row, 2),
+            priority: rows.get(row, 3)?,
+            run_at: rows.get(row, 4)?,
+            failed: rows.get(row, 5)?,
+            kind: rows.get(row, 7).unwrap_or_default(),
+        })
+    }
+
+    /// Among jobs that were ready at once, ids tell age and the clock has no say.
+    fn goes_before(&self, other: &Candidate) -> bool {
+        let at_once = |source| matches!(source, Source::Keyed | Source::Keyless);
+        if self.priority != other.priority {
+            self.priority > other.priority
+        } else if at_once(self.source) && at_once(other.source) {
+            self.job_id < other.job_id
+        } else {
+            (self.run_at, self.job_id) < (other.run_at, other.job_id)
+        }
+    }
+}
+
+/// The streams, of which the best head goes first.
+pub struct Found {
+    streams: Vec<VecDeque<Candidate>>,
+    /// Of which streams there is more than was read.
+    cut: [bool; STREAMS],
+    /// The streams of jobs with a key are as long as they get.
+    keyed_is_longest: bool,
+}
+
+/// Ready at once with a key and without, due with a key and without, expired.
+const STREAMS: usize = 5;
+
+/// What is to be done before the next candidate is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    Nothing,
+    /// A deeper search.
+    Depth,
+    /// The next page of a walk from key to key.
+    Keys,
+}
+
+impl Found {
+    /// A stream that was cut and has run dry may have gone on with a job that is before all others.
+    pub fn missing(&self) -> Missing {
+        let is_dry = |stream: usize| self.cut[stream] && self.streams[stream].is_empty();
+        if is_dry(1) || is_dry(3) || is_dry(4) {
+            Missing::Depth
+        } else if !is_dry(0) && !is_dry(2) {
+            Missing::Nothing
+        } else if self.keyed_is_longest {
+            Missing::Keys
+        } else {
+            Missing::Depth
+        }
+    }
+
+    /// Puts a page of a walk from key to key in the place of the jobs with a key; None: it is over.
+    pub fn put_keys(&mut self, page: Option<Vec<Candidate>>) {
+        self.cut[0] = page.is_some();
+        self.cut[2] = false;
+        self.keyed_is_longest = true;
+        self.streams[0] = page.unwrap_or_default().into();
+        self.streams[2].clear();
+    }
+
+    pub fn take_expired(&mut self) -> VecDeque<Candidate> {
+        std::mem::take(&mut self.streams[4])
+    }
+
+    fn best(&self) -> Option<usize> {
+        let mut best: Option<(usize, &Candidate)> = None;
+        for (index, stream) in self.streams.iter().enumerate() {
+            if let Some(head) = stream.front()
+                && best.is_none_or(|(_, other)| head.goes_before(other))
+            {
+                best = Some((index, head));
+            }
+        }
+        best.map(|(index, _)| index)
+    }
+
+    /// The next candidate and, if it is one of those without a key, how many of these come before anything else, it included, at
+    /// most `most`.
+    pub fn next(&mut self, most: usize) -> Option<(Candidate, usize)> {
+        let best = self.best()?;
+        let first = self.streams[best].pop_front()?;
+        let mut run = 1;
+        if first.source == Source::Keyless {
+            while run < most
+                && let Some(index) = self.best()
+                && self.streams[index]
+                    .front()
+                    .is_some_and(|head| head.source == Source::Keyless)
+            {
+                self.streams[index].pop_front();
+                run += 1;
+            }
+        }
+        Some((first, run))
+    }
+
+    /// The priority that the next candidate has.
+    pub fn next_priority(&self) -> Option<i32> {
+        let head = self.streams[self.best()?].front()?;
+        Some(head.priority)
+    }
+}
+
+/// How many with a key are read, besides those wanted, before the search goes from key to key.
+pub const KEYED: usize = 64;
+/// How many keys are looked at together.
+const KEYS: i32 = 256;
+
+/// Up to `depth` of each stream, of those with a key not many more than `wanted`.
+pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize) -> Found {
+    // The last only tells whether there is anything that a clock must be asked about.
+    static SEARCH: Plan = Plan::new(
+        "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0, j.kind
+          FROM lockstep.jobs AS j
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 0
+          ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $3)
+         UNION ALL
+         (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1, NULL
+          FROM lockstep.jobs AS j
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 1
+          ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $4)
+         UNION ALL
+         (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4, j.kind
+          FROM lockstep.jobs AS j
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
+          ORDER BY j.claimed_until LIMIT $5)
+         UNION ALL
+         (SELECT 0, NULL, 0, 0, false, 2, NULL
+          FROM lockstep.jobs AS j
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane >= 2 LIMIT 1)",
+    );
+    let most_keyed = wanted + KEYED;
+    let keyed = depth.min(most_keyed);
+    let expired = depth.max(1000);
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant),
+        Arg::from(keyed as i64),
+        Arg::from(depth as i64),
+        Arg::from(expired as i64),
+    ];
+    let rows = spi.read(&SEARCH, At::Latest, &args);
+    let mut streams = vec![VecDeque::new(); STREAMS];
+    let mut delayed = false;
+    for row in 0..rows.count() {
+        let stream: i32 = rows.get(row, 6).unwrap_or_default();
+        let source = match stream {
+            0 => Source::Keyed,
+            1 => Source::Keyless,
+            4 => Source::Expired,
+            _ => {
+                delayed = true;
+                continue;
+            }
+        };
+        if let Some(candidate) = Candidate::read(&rows, row, source) {
+            streams[stream as usize].push_back(candidate);
+        }
+    }
+    if delayed {
+        streams[2] = due(spi, queue, tenant, 2, keyed);
+        streams[3] = due(spi, queue, tenant, 3, depth);
+    }
+    streams[4].make_contiguous().sort_by_key(|candidate| {
+        (
+            std::cmp::Reverse(candidate.priority),
+            candidate.run_at,
+            candidate.job_id,
+        )
+    });
+    let is_full = |stream: usize, limit| streams[stream].len() == limit;
+    Found {
+        cut: [
+            is_full(0, keyed),
+            is_full(1, depth),
+            is_full(2, keyed),
+            is_full(3, depth),
+            is_full(4, expired),
+        ],
+        keyed_is_longest: keyed == most_keyed,
+        streams,
+    }
+}
+
+/// The jobs of a lane of which a time has come: those of each priority in the order in which they became due.
+fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDeque<Candidate> {
+    static DUE: Plan = Plan::new(
+        "WITH RECURSIVE p (priority) AS (
+             (SELECT j.priority FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3
+              ORDER BY j.priority DESC LIMIT 1)
+             UNION ALL
+             SELECT (SELECT j.priority FROM lockstep.jobs AS j
+                     WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority < p.priority
+                     ORDER BY j.priority DESC LIMIT 1)
+             FROM p WHERE p.priority IS NOT NULL
+         )
+         SELECT d.*
+         FROM p
+         CROSS JOIN LATERAL (
+             SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 2, j.kind
+             FROM lockstep.jobs AS j
+             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority = p.priority
+                 AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
+             ORDER BY j.delayed_until, j.job_id LIMIT $4
+         ) AS d
+         LIMIT $4",
+    );
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant),
+        Arg::from(lane),
+        Arg::from(depth as i64),
+    ];
+    let rows = spi.read(&DUE, At::Latest, &args);
+    (0..rows.count())
+        .filter_map(|row| Candidate::read(&rows, row, Source::Due))
+        .collect()
+}
+
+thread_local! {
+    /// By queue and tenant: the last key that this session looked at, where there were more than it looks at together.
+    static LAST_KEY: RefCell<HashMap<(String, String), String>> = RefCell::new(HashMap::new());
+}
+
+/// A walk from key to key, in a circle that begins after the key at which the last such walk of this session ended.
+pub struct KeyWalk<'a> {
+    queue: &'a str,
+    tenant: &'a str,
+    begin: String,
+    after: String,
+    wrapped: bool,
+    over: bool,
+}
+
+impl<'a> KeyWalk<'a> {
+    pub fn new(queue: &'a str, tenant: &'a str) -> Self {
+        let name = (queue.to_owned(), tenant.to_owned());
+        let begin = LAST_KEY.with_borrow(|keys| keys.get(&name).cloned());
+        let begin = begin.unwrap_or_default();
+        KeyWalk {
+            queue,
+            tenant,
+            after: begin.clone(),
+            wrapped: begin.is_empty(),
+            begin,
+            over: false,
+        }
+    }
+
+    /// The first job of each of the next keys, the best first; None at the end.
+    pub fn next(&mut self, spi: &Spi) -> Option<Vec<Candidate>> {
+        const QUEUES: usize = 1000;
+        if self.over {
+            return None;
+        }
+        let (mut candidates, last, is_end) =
+            first_of_keys(spi, self.queue, self.tenant, &self.after);
+        candidates.sort_by_key(|c| (std::cmp::Reverse(c.priority), c.run_at, c.job_id));
+        LAST_KEY.with_borrow_mut(|keys| {
+            if keys.len() >= QUEUES {
+                keys.clear();
+            }
+            let name = (self.queue.to_owned(), self.tenant.to_owned());
+            match &last {
+                Some(last) if !is_end => keys.insert(name, last.clone()),
+                _ => keys.remove(&name),
+            }
+        });
+        let has_begin = last.as_ref().is_none_or(|last| *last >= self.begin);
+        self.over = self.wrapped && (is_end || (!self.begin.is_empty() && has_begin));
+        self.wrapped |= is_end;
+        self.after = last.filter(|_| !is_end).unwrap_or_default();
+        Some(candidates)
+    }
+}
+
+/// The first job of each of the next keys after one, where nothing is in progress or something expired; the last key looked at;
+/// whether there are no more.
+fn first_of_keys(
+    spi: &Spi,
+    queue: &str,
+    tenant: &str,
+    after: &str,
+) -> (Vec<Candidate>, Option<String>, bool) {
+    static WALK: Plan = Plan::new(
+        "WITH RECURSIVE k (key, n) AS (
+             (SELECT j.key, 1 FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > $3
+              ORDER BY j.key LIMIT 1)
+             UNION ALL
+             SELECT n.key, k.n + 1
+             FROM k
+             CROSS JOIN LATERAL (
+                 SELECT j.key FROM lockstep.jobs AS j
+                 WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > k.key
+                 ORDER BY j.key LIMIT 1) AS n
+             WHERE k.n < $4
+         )
+         SELECT f.job_id, k.key, f.priority, f.run_at, f.failed, 0, f.kind
+         FROM k
+         LEFT JOIN LATERAL (
+             SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at, j.retry_id > 0 AS failed,
+                    j.kind
+             FROM lockstep.jobs AS j
+             WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key = k.key
+                 AND (j.delayed_until IS NULL OR j.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
+                 AND COALESCE((SELECT b.claimed_until <= pg_catalog.clock_timestamp() FROM lockstep.jobs AS b
+                               WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.key IS NOT NULL
+                                   AND b.state = 'in_progress'), true)
+             ORDER BY j.priority DESC, j.job_id LIMIT 1
+         ) AS f ON true",
+    );
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant),
+        Arg::from(after),
+        Arg::from(KEYS),
+    ];
+    let rows = spi.read(&WALK, At::Latest, &args);
+    let candidates = (0..rows.count())
+        .filter_map(|row| Candidate::read(&rows, row, Source::Keyed))
+        .collect();
+    let last = rows.count().checked_sub(1).and_then(|row| rows.get(row, 2));
+    (candidates, last, rows.count() < KEYS as usize)
+}
+
+/// Microseconds until time alone can make a job claimable: the next that becomes due, the next claim that expires.
+pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
+    static NEXT: Plan = Plan::new(
+        "WITH RECURSIVE p (lane, priority) AS (
+             SELECT l.lane, (SELECT j.priority FROM lockstep.jobs AS j
+                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = l.lane
+                             ORDER BY j.priority DESC LIMIT 1)
+             FROM (VALUES (2::smallint), (3::smallint)) AS l (lane)
+             UNION ALL
+             SELECT p.lane, (SELECT j.priority FROM lockstep.jobs AS j
+                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
+                                 AND j.priority < p.priority
+                             ORDER BY j.priority DESC LIMIT 1)
+             FROM p WHERE p.priority IS NOT NULL
+         )
+         SELECT (EXTRACT(epoch FROM LEAST(
+             (SELECT pg_catalog.min(d.delayed_until)
+              FROM p
+              CROSS JOIN LATERAL (SELECT j.delayed_until FROM lockstep.jobs AS j
+                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
+                                      AND j.priority = p.priority
+                                      AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
+                                  ORDER BY j.delayed_until LIMIT 1) AS d),
+             (SELECT j.claimed_until FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())
+              ORDER BY j.claimed_until LIMIT 1)) - pg_catalog.clock_timestamp()) * 1000000)::bigint",
+    );
+    spi.read(&NEXT, At::Latest, &[Arg::from(queue), Arg::from(tenant)])
+        .get(0, 1)
+}
