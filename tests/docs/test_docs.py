@@ -179,6 +179,8 @@ def test_everything_that_the_readme_lists_exists(db):
 def signature(row):
     name, arguments, result = row
     text = f"{name}({arguments}) -> {result}"
+    if result is None:  # a procedure
+        text = f"CALL {name}({re.sub(r'(?<![A-Z])IN ', '', arguments)})"
     text = re.sub(r"::[a-z]+(\[\])?(?=[,)])", "", text)
     text = text.replace("timestamp with time zone", "timestamptz").replace("integer", "int")
     return re.sub(r"\s+", " ", text.replace('"position"', "position"))
