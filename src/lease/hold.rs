@@ -29,8 +29,9 @@ pub enum Wait {
 }
 
 /// Locks the row of a lease that is held with this token, and returns the time then; None if it is not held so. The caller has
-/// LEASE as a renewal; it is given back here where no row was locked. What was seen to be expired is not locked: it would stay
-/// so, and closed to all, until the transaction ends.
+/// LEASE as a renewal. It is given back here if no row was locked; after a wait for the row a lock of it may be left even if the
+/// lease was lost meanwhile, so LEASE is kept: who has the row always has LEASE. What was seen to be expired is not locked: it
+/// would stay so, and closed to all, until the transaction ends.
 pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<TimestampWithTimeZone> {
     macro_rules! lock {
         ($skip:literal) => {
@@ -45,17 +46,19 @@ pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<Timest
     }
     static LOCK: Plan = lock!("");
     static LOCK_IF_FREE: Plan = lock!(" SKIP LOCKED");
-    let plan = match wait {
-        Wait::ForRow => &LOCK,
-        Wait::ForNothing => &LOCK_IF_FREE,
+    let lock = |plan| -> Option<TimestampWithTimeZone> {
+        let args = [Arg::from(name), Arg::from(token)];
+        spi.write_latest(plan, &args).get(0, 1)
     };
-    let args = [Arg::from(name), Arg::from(token)];
-    let locked: Option<TimestampWithTimeZone> = spi.write_latest(plan, &args).get(0, 1);
-    let Some(expires_at) = locked else {
-        Tag::lease(name).release(Mode::RowShare);
-        return None;
+    let is_held = || state::read(spi, name).is_some_and(|lease| lease.is_held_with(token));
+    let expires_at = match lock(&LOCK_IF_FREE) {
+        Some(expires_at) => expires_at,
+        None if wait == Wait::ForRow && is_held() => lock(&LOCK)?,
+        None => {
+            Tag::lease(name).release(Mode::RowShare);
+            return None;
+        }
     };
-    // One that expired during the wait stays locked, and so LEASE: who takes the row always has LEASE.
     let now = clock_timestamp();
     (expires_at > now).then_some(now)
 }

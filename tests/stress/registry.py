@@ -105,6 +105,7 @@ class Resource:
     replicas: dict = field(default_factory=dict)
     claims: dict = field(default_factory=dict)
     synced: dict = field(default_factory=dict)
+    added: dict = field(default_factory=dict)
     deleted: bool = False
 
 
@@ -188,6 +189,8 @@ class Model:
         if not resource:
             return "gone"
         name = row["replica"]
+        if name not in resource.replicas:
+            resource.added[name] = row["n"]
         if resource.replicas.setdefault(name) == resource.generation:
             return "current"
         if row["answer"] in ("busy", "backoff"):
@@ -209,7 +212,8 @@ class Model:
             return "gone"
         claim = resource.claims.get(name)
         if claim is None or claim.token != row["token"]:
-            return "lost"
+            # A begin that adds the replica anew and this call share the resource: either may be numbered first.
+            return ("lost", "gone") if row["n"] - resource.added.get(name, -50) < 50 else "lost"
         del resource.claims[name]
         if row["call"] == "fail":
             return "failed"
