@@ -2,10 +2,10 @@
 export PG_CONFIG
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check install package matrix bench stop clean
+.PHONY: help setup demo test test-all check install package matrix bench stop clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "PG_CONFIG=/path/to/pg_config chooses a server; without it they use an embedded PostgreSQL 18."
 
 setup: ## Install what is missing (the other verbs do so too)
@@ -14,8 +14,11 @@ setup: ## Install what is missing (the other verbs do so too)
 demo: setup ## Run the demonstration and leave its server up
 	@tools/demo
 
-test: setup ## Run every test
+test: setup ## Run the tests
 	@tools/test
+
+test-all: setup ## Run the tests, those that take minutes too
+	@tools/test --all
 
 check: setup ## Check the formatting and lint
 	@tools/check

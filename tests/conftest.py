@@ -14,6 +14,10 @@ def pytest_addoption(parser):
     parser.addoption("--stress-seconds", type=float, default=10.0, help="how long the stress tests run")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; make test leaves it out, make test-all does not")
+
+
 @pytest.fixture
 def stress_seconds(request):
     return request.config.getoption("--stress-seconds")

@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from threading import Event
 
 import pytest
 from sessions import call, raises, start, start_together
@@ -188,27 +189,38 @@ def test_no_takeover_between_the_check_and_the_commit(cluster, new_database):
     # A COMMIT that waits for a standby that is not there has checked, and is not visible yet.
     own = cluster()
     database = new_database(own, "window")
-    writer, other = database.connect(), database.connect(options="-c synchronous_commit=local")
+    writer, probe = database.connect(), database.connect()
+    other = database.connect(options="-c synchronous_commit=local")
     token = token_of(writer, "a")
     writer.execute("CREATE TABLE data (writer text)")
+    writer.execute("CREATE TABLE probes ()")
+
+    def waits_for_a_standby(session):
+        row = other.execute("SELECT wait_event FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,))
+        return row.fetchone() == ("SyncRep",)
+
+    def commit_until_one_waits():
+        while not ended.is_set():
+            probe.execute("INSERT INTO probes DEFAULT VALUES")
+
+    # Commits wait from when the checkpointer has read the setting: later than when a session shows it.
+    ended = Event()
     own.conf(synchronous_standby_names="nobody")
-    wait_until(lambda: other.execute("SHOW synchronous_standby_names").fetchone()[0] == "nobody")
+    probing = start(commit_until_one_waits)
+    wait_until(lambda: waits_for_a_standby(probe))
     writer.execute("BEGIN")
     call(writer, "lease_guard_at_commit", name="job", token=token)
     writer.execute("INSERT INTO data VALUES ('a')")
     committing = start(writer.execute, "COMMIT")
-    wait_until(
-        lambda: other.execute(
-            "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'", (writer.info.backend_pid,)
-        ).fetchone()
-        is not None
-    )
+    wait_until(lambda: waits_for_a_standby(writer))
     expire(other)
     assert acquire(other, "b")[0] is False
     assert status(other, "guarding_pids") == [writer.info.backend_pid]
     assert other.execute("SELECT count(*) FROM data").fetchone() == (0,)
+    ended.set()
     own.conf(synchronous_standby_names="")
     committing.result(20)
+    probing.result(20)
     assert other.execute("SELECT count(*) FROM data").fetchone() == (1,)
     assert acquire(other, "b")[0] is True
 
