@@ -34,7 +34,7 @@ CREATE TABLE lockstep.jobs (
     enqueued int NOT NULL DEFAULT 1,
     slot int,
     retry_id bigint NOT NULL DEFAULT 0,
-    delayed_until timestamptz NOT NULL DEFAULT '-infinity',
+    delayed_until timestamptz NOT NULL DEFAULT 'epoch',
     lane bigint,
     CONSTRAINT jobs_pkey PRIMARY KEY (job_id),
     CONSTRAINT jobs_state_check

@@ -1,9 +1,9 @@
 //! SQL from Rust: plans that a backend keeps, run inside an SPI connection that closes itself, reading and writing told apart.
 //!
 //! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
-//! It is always generic, and planned with sequential scans, bitmap scans and sorts off: each statement here walks an index in
-//! the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
-//! statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
+//! It is always generic, and planned with sequential scans, bitmap scans, sorts and all joins but nested loops off: each statement
+//! here walks an index in the index's own order, and looks up few rows by few others; a plan made while the table was small must
+//! not still scan it when it is large, nor one made for an unknown LIMIT read a whole index. Where a statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
 
 use once_cell::sync::OnceCell;
 use pgrx::callconv::{BoxRet, FcInfo};
@@ -248,6 +248,8 @@ impl Prepared {
                 (c"enable_seqscan", c"off"),
                 (c"enable_bitmapscan", c"off"),
                 (c"enable_sort", c"off"),
+                (c"enable_hashjoin", c"off"),
+                (c"enable_mergejoin", c"off"),
             ]);
             let planned = pg_sys::SPI_plan_get_cached_plan(self.0.as_ptr());
             if !planned.is_null() {

@@ -109,7 +109,7 @@ fn make_ready(spi: &Spi, lane: i64, job_id: i64, error: &str, delay: Delay) {
          SET state = 'ready', retry_id = CASE WHEN j.key IS NULL THEN 0 ELSE j.job_id END,
              token = NULL, holder = NULL, claimed_until = NULL, claimed_at = NULL, slot = NULL,
              previous_holder = j.holder, last_error = $2, last_failed_at = t.now,
-             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay ELSE '-infinity' END,
+             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay ELSE 'epoch' END,
              lane = $6 + CASE WHEN j.key IS NULL THEN 1 ELSE 0 END + CASE WHEN d.delay > '0' THEN 2 ELSE 0 END
          FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now),
               (SELECT job_id,

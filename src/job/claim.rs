@@ -73,7 +73,7 @@ macro_rules! claim_rows {
             "UPDATE lockstep.jobs AS j
              SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
                  token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
-                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = '-infinity', lane = NULL
+                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = 'epoch', lane = NULL
              FROM (", $rows, ") AS c
              WHERE j.job_id = c.job_id
              RETURNING j.*"
