@@ -436,9 +436,7 @@ mod tests {
         );
         enqueue_new("'q', 'k', 'a', max_attempts => NULL");
         for longest in [10, 20, 25, 25] {
-            run(
-                "UPDATE lockstep.jobs SET delayed_until = CASE WHEN delayed_until IS NOT NULL THEN clock_timestamp() END",
-            );
+            run("UPDATE lockstep.jobs SET delayed_until = LEAST(delayed_until, clock_timestamp())");
             assert_eq!(claim("1"), "a");
             acknowledge("job_fail", "a", ", 'no'");
             let waits: f64 = one(

@@ -133,8 +133,8 @@ COMMENT ON COLUMN lockstep.jobs.previous_holder IS 'Whose attempt was the last t
 COMMENT ON COLUMN lockstep.jobs.enqueued IS 'How many calls of job_enqueue it stands for.';
 COMMENT ON COLUMN lockstep.jobs.slot IS 'Its place among the jobs in progress of a queue with a limit.';
 COMMENT ON COLUMN lockstep.jobs.retry_id IS 'Keeps a job that failed apart from a twin that is being enqueued: its id, or 0.';
-COMMENT ON COLUMN lockstep.jobs.delayed_until IS 'run_at, where that was in the future when it was written.';
-COMMENT ON COLUMN lockstep.jobs.lane IS '1 without a key, plus 2 when delayed: what claims read apart. Null in progress.';
+COMMENT ON COLUMN lockstep.jobs.delayed_until IS 'run_at, where that was in the future when it was written, else the epoch.';
+COMMENT ON COLUMN lockstep.jobs.lane IS 'What claims read apart: a number for queue and tenant, plus 1 without a key, plus 2 when delayed. Null in progress.';
 
 COMMENT ON TABLE lockstep.dead_jobs IS
 'Dead letters: jobs whose attempts are used up, until job_requeue, job_discard or job_purge.';

@@ -3,8 +3,9 @@
 -- Ids grow with enqueueing: among jobs of one priority, the least was there first.
 CREATE SEQUENCE lockstep.job_id AS bigint CACHE 1 NO CYCLE;
 
--- lane keeps apart in the claims' index what a claim reads apart: 1 without a key, plus 2 if run_at was in the future when it was
--- written, so that only the clock can tell whether it is due; null in progress. retry_id keeps apart in the twins' index what
+-- lane keeps apart in the claims' index what a claim reads apart: a number for queue and tenant, plus 1 without a key, plus 2 if
+-- run_at was in the future when it was written, so that only the clock can tell whether it is due; null in progress. A number, and
+-- no null beside it: a claim looks at each entry of a page, and names would cost it more than all the rest. retry_id keeps apart in the twins' index what
 -- failed and came back while its twin may be on its way: 0, or the job's own id.
 --
 -- Every write of a row costs a look at each of its constraints and predicates, so there is one CHECK, and the predicates differ:
@@ -33,8 +34,8 @@ CREATE TABLE lockstep.jobs (
     enqueued int NOT NULL DEFAULT 1,
     slot int,
     retry_id bigint NOT NULL DEFAULT 0,
-    delayed_until timestamptz,
-    lane smallint,
+    delayed_until timestamptz NOT NULL DEFAULT 'epoch',
+    lane bigint,
     CONSTRAINT jobs_pkey PRIMARY KEY (job_id),
     CONSTRAINT jobs_state_check
         CHECK (CASE state WHEN 'ready' THEN token IS NULL WHEN 'in_progress' THEN lane IS NULL ELSE false END AND attempts_left >= 0)
@@ -50,11 +51,11 @@ CREATE UNIQUE INDEX jobs_in_progress_key ON lockstep.jobs (queue, tenant, key)
 CREATE UNIQUE INDEX jobs_slot_key ON lockstep.jobs (queue, tenant, slot)
     WHERE slot IS NOT NULL;
 -- The order of claims.
-CREATE INDEX jobs_order_idx ON lockstep.jobs (queue, tenant, lane, priority DESC, delayed_until, job_id)
+CREATE INDEX jobs_order_idx ON lockstep.jobs (lane, priority DESC, delayed_until, job_id)
     WHERE lane IS NOT NULL;
--- The order of claims within a key: a claim that meets many jobs of busy keys goes from key to key instead.
+-- The order of claims within a key: a claim that meets many jobs of busy keys goes from key to key instead. And the tenants.
 CREATE INDEX jobs_key_order_idx ON lockstep.jobs (queue, tenant, key, priority DESC, job_id)
-    WHERE token IS NULL AND key IS NOT NULL;
+    WHERE token IS NULL;
 CREATE INDEX jobs_claimed_until_idx ON lockstep.jobs (queue, tenant, claimed_until)
     WHERE claimed_until IS NOT NULL;
 
@@ -108,11 +109,11 @@ WITH clock AS MATERIALIZED (
     SELECT pg_catalog.clock_timestamp() AS now
 ), jobs AS MATERIALIZED (
     SELECT j.tenant, j.queue,
-           pg_catalog.count(*) FILTER (WHERE j.state = 'ready' AND COALESCE(j.delayed_until <= c.now, true)) AS ready,
+           pg_catalog.count(*) FILTER (WHERE j.state = 'ready' AND j.delayed_until <= c.now) AS ready,
            pg_catalog.count(*) FILTER (WHERE j.state = 'ready' AND j.delayed_until > c.now) AS delayed,
            pg_catalog.count(*) FILTER (WHERE j.state = 'in_progress') AS in_progress,
            pg_catalog.count(*) FILTER (WHERE j.claimed_until <= c.now) AS expired,
-           pg_catalog.min(j.run_at) FILTER (WHERE j.state = 'ready' AND COALESCE(j.delayed_until <= c.now, true)) AS oldest
+           pg_catalog.min(j.run_at) FILTER (WHERE j.state = 'ready' AND j.delayed_until <= c.now) AS oldest
     FROM lockstep.jobs AS j, clock AS c
     GROUP BY j.tenant, j.queue
 ), dead AS MATERIALIZED (

@@ -70,7 +70,8 @@ pub fn fail(job_id: i64, token: i64, error: &str, retry_after: Option<Interval>)
     }
     if merge(&spi, job_id, Some(error)).is_none() {
         let settings = queue::settings(&spi, &queue, &tenant);
-        make_ready(&spi, job_id, error, Delay::of(retry_after, &settings));
+        let lane = queue::lane(&queue, &tenant);
+        make_ready(&spi, lane, job_id, error, Delay::of(retry_after, &settings));
     }
     queue::announce(&queue, &tenant);
     End::Retry
@@ -102,14 +103,14 @@ impl Delay {
 }
 
 /// Ends the attempt of a job whose row the caller has locked. Seconds as floats: an interval doubled 60 times overflows.
-fn make_ready(spi: &Spi, job_id: i64, error: &str, delay: Delay) {
+fn make_ready(spi: &Spi, lane: i64, job_id: i64, error: &str, delay: Delay) {
     static UPDATE: Plan = Plan::new(
         "UPDATE lockstep.jobs AS j
          SET state = 'ready', retry_id = CASE WHEN j.key IS NULL THEN 0 ELSE j.job_id END,
              token = NULL, holder = NULL, claimed_until = NULL, claimed_at = NULL, slot = NULL,
              previous_holder = j.holder, last_error = $2, last_failed_at = t.now,
-             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay END,
-             lane = CASE WHEN j.key IS NULL THEN 1 ELSE 0 END + CASE WHEN d.delay > '0' THEN 2 ELSE 0 END
+             run_at = t.now + d.delay, delayed_until = CASE WHEN d.delay > '0' THEN t.now + d.delay ELSE 'epoch' END,
+             lane = $6 + CASE WHEN j.key IS NULL THEN 1 ELSE 0 END + CASE WHEN d.delay > '0' THEN 2 ELSE 0 END
          FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now),
               (SELECT job_id,
                       COALESCE($3, pg_catalog.make_interval(secs =>
@@ -125,6 +126,7 @@ fn make_ready(spi: &Spi, job_id: i64, error: &str, delay: Delay) {
         Arg::from(delay.given),
         Arg::from(delay.backoff),
         Arg::from(delay.max_backoff),
+        Arg::from(lane),
     ];
     spi.write_latest(&UPDATE, &args);
 }
@@ -187,11 +189,11 @@ fn expired_error(holder: &str) -> String {
 
 impl Expired {
     /// Ends the attempt: dead, merged into the twin, or ready again.
-    pub fn settle(&self, spi: &Spi) {
+    pub fn settle(&self, spi: &Spi, lane: i64) {
         if self.spent {
             dead::bury(spi, self.job_id, &self.error);
         } else if merge(spi, self.job_id, Some(&self.error)).is_none() {
-            make_ready(spi, self.job_id, &self.error, Delay::none());
+            make_ready(spi, lane, self.job_id, &self.error, Delay::none());
         }
     }
 }
@@ -224,7 +226,7 @@ pub fn reap(tenant: Option<&str>) -> i64 {
                 spent,
                 error: expired_error(&holder),
             };
-            expired.settle(&spi);
+            expired.settle(&spi, queue::lane(&queue, &tenant));
             queue::announce(&queue, &tenant);
             reaped += 1;
         }

@@ -55,6 +55,8 @@ struct Claim<'a> {
 /// The claims in one tenant.
 struct InTenant<'a> {
     tenant: &'a str,
+    /// Of its jobs with a key that are ready at once.
+    lane: i64,
     limit: Option<i32>,
     /// Keys of which no job can be claimed now.
     busy: HashSet<String>,
@@ -71,7 +73,7 @@ macro_rules! claim_rows {
             "UPDATE lockstep.jobs AS j
              SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
                  token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
-                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = NULL, lane = NULL
+                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = 'epoch', lane = NULL
              FROM (", $rows, ") AS c
              WHERE j.job_id = c.job_id
              RETURNING j.*"
@@ -88,6 +90,7 @@ impl Claim<'_> {
         }
         let mut at = InTenant {
             tenant,
+            lane: queue::lane(self.request.queue, tenant),
             limit: settings.max_in_progress,
             busy: HashSet::new(),
             tried: HashSet::new(),
@@ -209,7 +212,7 @@ impl Claim<'_> {
                 at.busy.insert(key.to_owned());
                 return false;
             };
-            expired.settle(spi);
+            expired.settle(spi, at.lane);
         }
         let failed = if candidate.failed {
             Some(candidate.job_id)
@@ -238,7 +241,7 @@ impl Claim<'_> {
             return false;
         };
         if expired.spent {
-            expired.settle(spi);
+            expired.settle(spi, at.lane);
             return false;
         }
         if candidate.key.is_some()
@@ -266,8 +269,8 @@ impl Claim<'_> {
     ) -> bool {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.job_id = $4 AND r.token IS NULL
-                 AND (r.delayed_until IS NULL OR r.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
+             WHERE r.job_id = $4 AND COALESCE(r.token, 0) = 0
+                 AND r.delayed_until <= (SELECT pg_catalog.clock_timestamp())
                  AND NOT EXISTS (SELECT FROM lockstep.jobs AS b
                                  WHERE b.queue = $5 AND b.tenant = $6 AND b.key = $7 AND b.state = 'in_progress')
                  AND NOT EXISTS (SELECT FROM lockstep.jobs AS t
@@ -299,7 +302,7 @@ impl Claim<'_> {
     fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.queue = $4 AND r.tenant = $5 AND r.lane = 1 AND r.priority >= $7
+             WHERE r.lane = $8 AND r.queue = $4 AND r.tenant = $5 AND r.priority >= $7
              ORDER BY r.priority DESC, r.delayed_until, r.job_id LIMIT $6
              FOR UPDATE OF r SKIP LOCKED"
         ));
@@ -314,6 +317,7 @@ impl Claim<'_> {
             Arg::from(at.tenant),
             Arg::from(count as i64),
             Arg::from(least),
+            Arg::from(at.lane + 1),
         ];
         if !self.jobs.write(&CLAIM, &args).is_empty() {
             at.use_place();
@@ -397,7 +401,7 @@ fn failed_twin(spi: &Spi, queue: &str, tenant: &str, key: &str, kind: &str) -> O
 
 fn lock_ready(spi: &Spi, job_id: i64) -> bool {
     static LOCK: Plan = Plan::new(
-        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND token IS NULL FOR UPDATE SKIP LOCKED",
+        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND COALESCE(token, 0) = 0 FOR UPDATE SKIP LOCKED",
     );
     spi.write_latest(&LOCK, &[Arg::from(job_id)]).count() > 0
 }

@@ -58,14 +58,14 @@ fn twin_that_failed(job: &NewJob) -> Option<i64> {
     );
     // Waits for who claims it, and then finds it in progress: no twin any more.
     static KEEP: Plan = Plan::new(
-        "UPDATE lockstep.jobs SET enqueued = enqueued + 1 WHERE job_id = $1 AND token IS NULL",
+        "UPDATE lockstep.jobs SET enqueued = enqueued + 1 WHERE job_id = $1 AND COALESCE(token, 0) = 0",
     );
     static REPLACE: Plan = Plan::new(
         "UPDATE lockstep.jobs AS j
          SET enqueued = j.enqueued + 1, payload = $2, priority = $3, run_at = t.now + $4,
-             delayed_until = CASE WHEN $4 > '0' THEN t.now + $4 END, lane = CASE WHEN $4 > '0' THEN 2 ELSE 0 END
+             delayed_until = CASE WHEN $4 > '0' THEN t.now + $4 ELSE 'epoch' END, lane = $5 + CASE WHEN $4 > '0' THEN 2 ELSE 0 END
          FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
-         WHERE j.job_id = $1 AND j.token IS NULL",
+         WHERE j.job_id = $1 AND COALESCE(j.token, 0) = 0",
     );
     let spi = Spi::connect();
     let names = [
@@ -81,6 +81,7 @@ fn twin_that_failed(job: &NewJob) -> Option<i64> {
             Arg::from(job.payload),
             Arg::from(job.priority),
             Arg::from(job.delay),
+            Arg::from(queue::lane(job.queue, job.tenant)),
         ];
         spi.write_latest(&REPLACE, &args).count()
     } else {
@@ -94,8 +95,8 @@ macro_rules! insert {
         concat!(
             "INSERT INTO lockstep.jobs AS j (job_id, queue, tenant, key, kind, payload, priority, state, attempts_left,
                                              max_attempts, run_at, delayed_until, lane, created_at)
-             SELECT $1, $2, $3, $4, $5, $6, $7, 'ready', $8, $8, t.now + $9, CASE WHEN $9 > '0' THEN t.now + $9 END,
-                    CASE WHEN $4 IS NULL THEN 1 ELSE 0 END + CASE WHEN $9 > '0' THEN 2 ELSE 0 END, COALESCE($10, t.now)
+             SELECT $1, $2, $3, $4, $5, $6, $7, 'ready', $8, $8, t.now + $9, CASE WHEN $9 > '0' THEN t.now + $9 ELSE 'epoch' END,
+                    $11 + CASE WHEN $4 IS NULL THEN 1 ELSE 0 END + CASE WHEN $9 > '0' THEN 2 ELSE 0 END, COALESCE($10, t.now)
              FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
              ON CONFLICT (queue, tenant, key, kind, retry_id) WHERE state = 'ready' AND key IS NOT NULL
              DO UPDATE SET enqueued = j.enqueued + 1",
@@ -122,6 +123,7 @@ fn insert(job: &NewJob, job_id: i64, created_at: Option<TimestampWithTimeZone>) 
         Arg::from(job.max_attempts),
         Arg::from(job.delay),
         Arg::from(created_at),
+        Arg::from(queue::lane(job.queue, job.tenant)),
     ];
     let plan = if job.replace { &REPLACE } else { &KEEP };
     let is: i64 = Spi::connect()

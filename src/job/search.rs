@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 
+use super::queue;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Rows, Spi};
 
@@ -160,12 +161,12 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
     static SEARCH: Plan = Plan::new(
         "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0, j.kind
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 0
+          WHERE j.lane = $6 AND j.queue = $1 AND j.tenant = $2
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $3)
          UNION ALL
          (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1, NULL
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = 1
+          WHERE j.lane = $6 + 1 AND j.queue = $1 AND j.tenant = $2
           ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $4)
          UNION ALL
          (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4, j.kind
@@ -175,10 +176,11 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
          UNION ALL
          (SELECT 0, NULL, 0, 0, false, 2, NULL
           FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.lane >= 2 LIMIT 1)",
+          WHERE j.lane BETWEEN $6 + 2 AND $6 + 3 AND j.queue = $1 AND j.tenant = $2 LIMIT 1)",
     );
     let most_keyed = wanted + KEYED;
     let keyed = depth.min(most_keyed);
+    let lane = queue::lane(queue, tenant);
     let expired = depth.max(1000);
     let args = [
         Arg::from(queue),
@@ -186,6 +188,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
         Arg::from(keyed as i64),
         Arg::from(depth as i64),
         Arg::from(expired as i64),
+        Arg::from(lane),
     ];
     let rows = spi.read(&SEARCH, At::Latest, &args);
     let mut streams = vec![VecDeque::new(); STREAMS];
@@ -206,8 +209,8 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
         }
     }
     if delayed {
-        streams[2] = due(spi, queue, tenant, 2, keyed);
-        streams[3] = due(spi, queue, tenant, 3, depth);
+        streams[2] = due(spi, queue, tenant, lane + 2, keyed);
+        streams[3] = due(spi, queue, tenant, lane + 3, depth);
     }
     streams[4].make_contiguous().sort_by_key(|candidate| {
         (
@@ -231,15 +234,15 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
 }
 
 /// The jobs of a lane of which a time has come: those of each priority in the order in which they became due.
-fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDeque<Candidate> {
+fn due(spi: &Spi, queue: &str, tenant: &str, lane: i64, depth: usize) -> VecDeque<Candidate> {
     static DUE: Plan = Plan::new(
         "WITH RECURSIVE p (priority) AS (
              (SELECT j.priority FROM lockstep.jobs AS j
-              WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3
+              WHERE j.lane = $3 AND j.queue = $1 AND j.tenant = $2
               ORDER BY j.priority DESC LIMIT 1)
              UNION ALL
              SELECT (SELECT j.priority FROM lockstep.jobs AS j
-                     WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority < p.priority
+                     WHERE j.lane = $3 AND j.queue = $1 AND j.tenant = $2 AND j.priority < p.priority
                      ORDER BY j.priority DESC LIMIT 1)
              FROM p WHERE p.priority IS NOT NULL
          )
@@ -248,7 +251,7 @@ fn due(spi: &Spi, queue: &str, tenant: &str, lane: i16, depth: usize) -> VecDequ
          CROSS JOIN LATERAL (
              SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 2, j.kind
              FROM lockstep.jobs AS j
-             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = $3 AND j.priority = p.priority
+             WHERE j.lane = $3 AND j.queue = $1 AND j.tenant = $2 AND j.priority = p.priority
                  AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
              ORDER BY j.delayed_until, j.job_id LIMIT $4
          ) AS d
@@ -352,7 +355,7 @@ fn first_of_keys(
                     j.kind
              FROM lockstep.jobs AS j
              WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key = k.key
-                 AND (j.delayed_until IS NULL OR j.delayed_until <= (SELECT pg_catalog.clock_timestamp()))
+                 AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
                  AND COALESCE((SELECT b.claimed_until <= pg_catalog.clock_timestamp() FROM lockstep.jobs AS b
                                WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.key IS NOT NULL
                                    AND b.state = 'in_progress'), true)
@@ -378,12 +381,12 @@ pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
     static NEXT: Plan = Plan::new(
         "WITH RECURSIVE p (lane, priority) AS (
              SELECT l.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = l.lane
+                             WHERE j.lane = l.lane AND j.queue = $1 AND j.tenant = $2
                              ORDER BY j.priority DESC LIMIT 1)
-             FROM (VALUES (2::smallint), (3::smallint)) AS l (lane)
+             FROM (VALUES ($3 + 2), ($3 + 3)) AS l (lane)
              UNION ALL
              SELECT p.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
+                             WHERE j.lane = p.lane AND j.queue = $1 AND j.tenant = $2
                                  AND j.priority < p.priority
                              ORDER BY j.priority DESC LIMIT 1)
              FROM p WHERE p.priority IS NOT NULL
@@ -392,7 +395,7 @@ pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
              (SELECT pg_catalog.min(d.delayed_until)
               FROM p
               CROSS JOIN LATERAL (SELECT j.delayed_until FROM lockstep.jobs AS j
-                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.lane = p.lane
+                                  WHERE j.lane = p.lane AND j.queue = $1 AND j.tenant = $2
                                       AND j.priority = p.priority
                                       AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
                                   ORDER BY j.delayed_until LIMIT 1) AS d),
@@ -400,6 +403,10 @@ pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
               WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())
               ORDER BY j.claimed_until LIMIT 1)) - pg_catalog.clock_timestamp()) * 1000000)::bigint",
     );
-    spi.read(&NEXT, At::Latest, &[Arg::from(queue), Arg::from(tenant)])
-        .get(0, 1)
+    let args = [
+        Arg::from(queue),
+        Arg::from(tenant),
+        Arg::from(queue::lane(queue, tenant)),
+    ];
+    spi.read(&NEXT, At::Latest, &args).get(0, 1)
 }
