@@ -5,8 +5,8 @@ CREATE SEQUENCE lockstep.job_id AS bigint CACHE 1 NO CYCLE;
 
 -- lane keeps apart in the claims' index what a claim reads apart: a number for queue and tenant, plus 1 without a key, plus 2 if
 -- run_at was in the future when it was written, so that only the clock can tell whether it is due; null in progress. A number, and
--- no null beside it: a claim looks at each entry of a page, and names would cost it more than all the rest. retry_id keeps apart in the twins' index what
--- failed and came back while its twin may be on its way: 0, or the job's own id.
+-- no null beside it: a claim looks at each entry of a page, and names would cost it more than all the rest. retry_id keeps apart in
+-- the twins' index what failed and came back while its twin may be on its way: 0, or the job's own id.
 --
 -- Every write of a row costs a look at each of its constraints and predicates, so there is one CHECK, and the predicates differ:
 -- each statement names what only its own index can prove, and never walks another that was small when the plan was made.

@@ -2,8 +2,8 @@
 //!
 //! A plan is prepared at its first use and kept for the backend's life; PostgreSQL replans it when what it depends on changes.
 //! It is always generic, and planned with sequential scans, bitmap scans, sorts and all joins but nested loops off: each statement
-//! here walks an index in the index's own order, and a plan made while the table was small must not still scan it when it is large. Where a
-//! statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
+//! here walks an index in the index's own order and looks up few rows by few others. A plan made while the table was small must not
+//! still scan it when it is large. Where a statement joins whole tables, [`Plan::joining`] leaves the choice to the planner.
 
 use once_cell::sync::OnceCell;
 use pgrx::callconv::{BoxRet, FcInfo};
