@@ -174,6 +174,8 @@ def prepare(admin):
     one = admin.execute
     one(
         """
+        CREATE SCHEMA workshop;
+        GRANT ALL ON SCHEMA workshop TO PUBLIC;
         CREATE FUNCTION public.handle(lockstep.events) RETURNS void LANGUAGE sql AS '';
         SELECT lockstep.projection_create('p', handler => 'public.handle(lockstep.events)');
         SELECT lockstep.projection_create('dead', max_failures => 1, handler => 'public.handle(lockstep.events)');
@@ -233,6 +235,18 @@ class Extension:
     def names(self, *kinds):
         return [identity for kind, identity, _ in self.objects if kind in kinds]
 
+    def acls(self):
+        """What is granted on what."""
+        return self.admin.execute(
+            """
+            SELECT oid, nspacl FROM pg_namespace
+            UNION ALL SELECT oid, proacl FROM pg_proc WHERE pronamespace = 'lockstep'::regnamespace
+            UNION ALL SELECT oid, relacl FROM pg_class WHERE relnamespace = 'lockstep'::regnamespace
+            UNION ALL SELECT oid, typacl FROM pg_type WHERE typnamespace = 'lockstep'::regnamespace
+            ORDER BY 1
+            """
+        ).fetchall()
+
     def attempts(self):
         return [attempt for object in self.objects for attempt in self._attempts(*object)]
 
@@ -255,10 +269,10 @@ class Extension:
         else:
             statement = f"{verb} lockstep.{name}({CALLS[name].format(**self.values)})"
         yield Attempt(identity, statement, needs, OUTCOMES.get(name))
-        nobodys = ("ALTER {0} {1} RENAME TO other", "ALTER {0} {1} SET work_mem = '1GB'", "ALTER {0} {1} OWNER TO CURRENT_USER",
-                   "DROP {0} {1}", "GRANT EXECUTE ON {0} {1} TO PUBLIC")  # fmt: skip
+        nobodys = ("ALTER {0} {1} RENAME TO other", "ALTER {0} {1} SET work_mem = '1GB'", "ALTER {0} {1} OWNER TO CURRENT_USER", "DROP {0} {1}")  # fmt: skip
         for statement in nobodys:
             yield nobody(identity, statement.format(kind.upper(), identity))
+        yield grant(identity, f"GRANT EXECUTE ON {kind.upper()} {identity} TO PUBLIC")
 
     def _function(self, identity, oid):
         return self._routine("function", identity, "SELECT * FROM")
@@ -274,6 +288,12 @@ class Extension:
         needs = frozenset({USAGE, ("relation", table.removeprefix("lockstep."), "SELECT")})
         columns = self._columns(oid)
         first = columns[0]
+        keys = self.admin.execute(
+            """SELECT quote_ident(a.attname), format_type(a.atttypid, NULL) FROM pg_constraint AS c
+               JOIN pg_attribute AS a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
+               WHERE c.conrelid = %s AND c.contype = 'p' ORDER BY array_position(c.conkey, a.attnum)""",
+            (oid,),
+        ).fetchall()
         reads = (f"SELECT * FROM {table}", f"SELECT count(*) FROM {table}", f"COPY {table} TO STDOUT", f"LOCK TABLE {table} IN ACCESS SHARE MODE",
                  f"CREATE TEMP TABLE copied AS TABLE {table}", f"SELECT t FROM {table} AS t", f"EXPLAIN SELECT FROM {table}",
                  f"DECLARE c CURSOR FOR TABLE {table}",
@@ -295,14 +315,16 @@ class Extension:
                    f"CREATE POLICY p ON {table} USING (true)", f"CREATE INDEX ON {table} ({first})",
                    f"CREATE STATISTICS pg_temp.s (ndistinct) ON {', '.join(columns[:2])} FROM {table}",
                    f"CREATE TEMP TABLE child () INHERITS ({table})", f"CREATE TEMP TABLE same (LIKE {table})",
-                   f"CREATE TEMP TABLE refers (c text REFERENCES {table})",
+                   f"CREATE TABLE workshop.refers ({', '.join(f'{key} {type_}' for key, type_ in keys)},"
+                   f" FOREIGN KEY ({', '.join(key for key, _ in keys)}) REFERENCES {table})",
                    f"CREATE PUBLICATION p FOR TABLE {table}",
                    f"ALTER TABLE {table} ADD COLUMN c int", f"ALTER TABLE {table} DISABLE TRIGGER ALL",
                    f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", f"ALTER TABLE {table} OWNER TO CURRENT_USER",
                    f"ALTER TABLE {table} SET SCHEMA public", f"ALTER TABLE {table} RENAME TO other",
                    f"ALTER TABLE {table} SET (autovacuum_enabled = off)", f"ALTER TABLE {table} ALTER {first} SET STATISTICS 0",
-                   f"REINDEX TABLE {table}", f"COMMENT ON TABLE {table} IS ''", f"DROP TABLE {table}",
-                   f"GRANT SELECT ON {table} TO PUBLIC", f"GRANT INSERT ON {table} TO CURRENT_USER")  # fmt: skip
+                   f"REINDEX TABLE {table}", f"COMMENT ON TABLE {table} IS ''", f"DROP TABLE {table}")  # fmt: skip
+        yield grant(table, f"GRANT SELECT ON {table} TO PUBLIC")
+        yield grant(table, f"GRANT INSERT ON {table} TO CURRENT_USER")
         for statement in (*writes, *changes):
             # LIKE asks for SELECT, and copies no row.
             yield Attempt(table, statement, needs if "(LIKE" in statement else None)
@@ -329,15 +351,17 @@ class Extension:
         for statement in (f"CREATE RULE r AS ON INSERT TO {view} DO INSTEAD NOTHING", f"ALTER VIEW {view} SET (security_barrier = off)",
                           f"ALTER VIEW {view} OWNER TO CURRENT_USER", f"CREATE OR REPLACE VIEW {view} AS SELECT 1 AS one",
                           f"CREATE TRIGGER t INSTEAD OF DELETE ON {view} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-                          f"GRANT SELECT ON {view} TO PUBLIC", f"DROP VIEW {view}", f"LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"):  # fmt: skip
+                          f"DROP VIEW {view}", f"LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"):  # fmt: skip
             yield nobody(view, statement)
+        yield grant(view, f"GRANT SELECT ON {view} TO PUBLIC")
 
     def _sequence(self, sequence, oid):
         for statement in (f"SELECT last_value FROM {sequence}", f"SELECT nextval('{sequence}')", f"SELECT setval('{sequence}', 1)",
                           f"SELECT currval('{sequence}')", f"ALTER SEQUENCE {sequence} RESTART", f"ALTER SEQUENCE {sequence} CACHE 100",
                           f"CREATE TEMP TABLE uses (n int DEFAULT nextval('{sequence}')); INSERT INTO uses DEFAULT VALUES",
-                          f"GRANT USAGE ON SEQUENCE {sequence} TO PUBLIC", f"DROP SEQUENCE {sequence}"):  # fmt: skip
+                          f"DROP SEQUENCE {sequence}"):  # fmt: skip
             yield nobody(sequence, statement)
+        yield grant(sequence, f"GRANT USAGE ON SEQUENCE {sequence} TO PUBLIC")
 
     def _schema(self, schema, oid):
         usage = frozenset({USAGE})
@@ -347,13 +371,15 @@ class Extension:
                      "OPERATOR {0}.= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_catalog.texteq)"):  # fmt: skip
             yield nobody(schema, f"CREATE {what.format(schema)}")
         for statement in (f"ALTER SCHEMA {schema} RENAME TO other", f"ALTER SCHEMA {schema} OWNER TO CURRENT_USER", f"DROP SCHEMA {schema} CASCADE",
-                          "DROP EXTENSION lockstep", "ALTER EXTENSION lockstep UPDATE", "ALTER EXTENSION lockstep DROP TABLE lockstep.events",
-                          f"GRANT CREATE ON SCHEMA {schema} TO CURRENT_USER"):  # fmt: skip
+                          "DROP EXTENSION lockstep", "ALTER EXTENSION lockstep UPDATE", "ALTER EXTENSION lockstep DROP TABLE lockstep.events"):  # fmt: skip
             yield nobody(schema, statement)
+        yield grant(schema, f"GRANT CREATE ON SCHEMA {schema} TO CURRENT_USER")
 
     def _type(self, type_, oid):
         # PostgreSQL lets everybody use a type whose schema he may use; a handler's argument is of one.
         yield Attempt(type_, f"CREATE TEMP TABLE typed (c {type_})", frozenset({USAGE}))
+        if type_.endswith("[]"):
+            type_ = type_.removesuffix("[]").replace(".", "._")
         for statement in (f"ALTER TYPE {type_} OWNER TO CURRENT_USER", f"DROP TYPE {type_} CASCADE", f"ALTER TYPE {type_} SET SCHEMA public"):
             # Row types and array types go with their tables: 42809, 2BP01.
             yield nobody(type_, statement, "42809", "2BP01")
@@ -385,13 +411,18 @@ def nobody(object, statement, *refusals):
     return Attempt(object, statement, None, refusals=(DENIED, *refusals))
 
 
+def grant(object, statement):
+    """To one who may use the object but not pass that on, a GRANT does nothing, with a warning: see `Extension.acls`."""
+    return nobody(object, statement, None)
+
+
 def has(expected, privilege):
     kind, _, right = privilege
     return privilege in expected or (kind == "relation" and (kind, "*", right) in expected)
 
 
 def try_all(session, expected, attempts):
-    """What the session could do against its privileges, or not do in spite of them, as sentences."""
+    """Fails if the session could do something against its privileges, or could not in spite of them."""
     problems = []
     for attempt in attempts:
         allowed = attempt.needs is not None and all(has(expected, privilege) for privilege in attempt.needs)
@@ -401,13 +432,13 @@ def try_all(session, expected, attempts):
             problems.append(f"{attempt.statement}: should be allowed, raised {state}: {raised}")
         if not allowed and state not in attempt.refusals:
             problems.append(f"{attempt.statement}: should be refused, raised {state}: {raised}")
-    return problems
+    assert not problems, "\n".join(problems)
 
 
 def run(session, statement):
     """Tries the statement, and takes back what it did; returns the error, or None."""
     try:
-        if statement.startswith("CALL "):
+        if statement.startswith(("CALL ", "GRANT ")):
             session.execute(statement)
             return None
         with session.transaction(force_rollback=True):
