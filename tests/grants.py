@@ -92,6 +92,7 @@ class Attempt(NamedTuple):
 
 
 USAGE = ("schema", "lockstep", "USAGE")
+NOTHING = frozenset()
 
 # A valid call of each function in the database that `prepare` makes, and the SQLSTATE that it raises there if it is not to succeed:
 # what a call must follow in the same transaction is missing.
@@ -414,6 +415,11 @@ def nobody(object, statement, *refusals):
 def grant(object, statement):
     """To one who may use the object but not pass that on, a GRANT does nothing, with a warning: see `Extension.acls`."""
     return nobody(object, statement, None)
+
+
+def everything(extension):
+    """The privileges that the attempts need, all of them."""
+    return frozenset().union(*(attempt.needs for attempt in extension.attempts() if attempt.needs))
 
 
 def has(expected, privilege):

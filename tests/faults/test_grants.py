@@ -1,7 +1,7 @@
 """The README's and the guides' GRANT recipes: what each gives its role, and that it gives nothing else, by trying everything."""
 
 import pytest
-from grants import DENIED, RECIPES, USAGE, Extension, has, run, try_all
+from grants import DENIED, NOTHING, RECIPES, USAGE, Extension, everything, has, run, try_all
 from sessions import raises
 
 
@@ -13,11 +13,6 @@ def extension(roles):
 def own_projections(roles, role):
     """Only a member of a projection's owner changes it."""
     roles.admin.execute("UPDATE lockstep.projections SET owner = %s", (role,))
-
-
-def everything(extension):
-    """The privileges that the attempts need, all of them."""
-    return frozenset().union(*(attempt.needs for attempt in extension.attempts() if attempt.needs))
 
 
 def test_every_attempt_that_a_recipe_could_allow_works_as_a_superuser(roles, extension):
@@ -38,9 +33,6 @@ def test_the_recipes_name_what_there_is(extension):
     # Every function is in some recipe.
     granted = set().union(*(RECIPES["README.md"].expected(role) for role in RECIPES["README.md"].roles))
     assert {p for p in privileges if p[0] in ("function", "procedure")} <= granted
-
-
-NOTHING = frozenset()
 
 
 @pytest.mark.parametrize("privileges", [NOTHING, frozenset({USAGE})], ids=["nothing", "USAGE"])
