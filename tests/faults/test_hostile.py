@@ -18,16 +18,21 @@ def caller(roles):
     return role
 
 
+_calm = []
+
+
 @pytest.fixture
 def expected(roles, new_database):
-    """What the scenario gives where nothing is hostile."""
-    calm = new_database(roles.db.cluster, f"{roles.db.name}_calm")
-    admin = calm.connect()
-    admin.execute(WORKSHOP)
-    try:
-        yield Scenario(calm.connect(), admin).run()
-    finally:
-        calm.drop()
+    """What the scenario gives where nothing is hostile. It is found out once."""
+    if not _calm:
+        calm = new_database(roles.db.cluster, f"{roles.db.name}_calm")
+        admin = calm.connect()
+        admin.execute(WORKSHOP)
+        try:
+            _calm.append(Scenario(calm.connect(), admin).run())
+        finally:
+            calm.drop()
+    return _calm[0]
 
 
 def compare(found, expected):
@@ -84,27 +89,25 @@ def test_the_workers_and_their_launcher_do_not_meet_a_databases_traps(app):
 
 # What a caller may set, by what it could confuse.
 SETTINGS = {
-    "text": {
+    "text and formats": {
         "standard_conforming_strings": "off", "escape_string_warning": "off", "backslash_quote": "on", "quote_all_identifiers": "on",
         "bytea_output": "escape", "client_encoding": "LATIN1", "array_nulls": "off", "transform_null_equals": "on", "xmloption": "document",
-    },
-    "formats": {
         "DateStyle": "SQL, DMY", "IntervalStyle": "sql_standard", "TimeZone": "Pacific/Kiritimati", "extra_float_digits": "-15",
         "lc_monetary": "C", "lc_numeric": "C", "lc_time": "C", "timezone_abbreviations": "Australia", "default_text_search_config": "simple",
     },
-    "formats again": {"DateStyle": "German, YMD", "IntervalStyle": "postgres_verbose", "TimeZone": "America/St_Johns", "extra_float_digits": "3"},
+    "formats": {"DateStyle": "German, YMD", "IntervalStyle": "postgres_verbose", "TimeZone": "America/St_Johns", "extra_float_digits": "3"},
     "plans": {
         "plan_cache_mode": "force_custom_plan", "jit": "on", "jit_above_cost": "0", "jit_optimize_above_cost": "-1", "geqo_threshold": "2",
         "from_collapse_limit": "1", "join_collapse_limit": "1", "constraint_exclusion": "on", "work_mem": "64kB", "cursor_tuple_fraction": "0",
         "random_page_cost": "1000000", "cpu_tuple_cost": "1000000", "default_statistics_target": "1", "parallel_setup_cost": "0",
         "parallel_tuple_cost": "0", "min_parallel_table_scan_size": "0", "min_parallel_index_scan_size": "0", "max_parallel_workers_per_gather": "4",
     },
-    "generic plans": {"plan_cache_mode": "force_generic_plan", "enable_indexscan": "off", "enable_indexonlyscan": "off", "enable_nestloop": "off"},
     "no plans": {},
     "transactions": {
         "default_transaction_deferrable": "on", "synchronous_commit": "off", "check_function_bodies": "off", "row_security": "off",
         "client_min_messages": "error", "statement_timeout": "5min", "lock_timeout": "5min", "idle_in_transaction_session_timeout": "5min",
         "lockstep.poll_interval": "1", "backend_flush_after": "0", "vacuum_cost_delay": "100ms", "temp_buffers": "800kB",
+        "plan_cache_mode": "force_generic_plan", "enable_indexscan": "off", "enable_indexonlyscan": "off", "enable_nestloop": "off",
     },
 }  # fmt: skip
 
@@ -322,3 +325,34 @@ def test_what_a_commit_checks_does_not_meet_the_committers_traps(roles):
     roles.admin.execute("SELECT lockstep.lease_steal('l', 'thief', '1 minute', 'test')")
     with raises("LS003"):
         session.execute("COMMIT")
+
+
+def test_an_error_that_is_caught_leaves_the_caller_its_own_rights_and_path(roles):
+    """Raised while the extension acts as its owner: the savepoint's end gives the caller back what it was."""
+    role = caller(roles)
+    session, blocker = roles.connect(role), roles.connect("postgres")
+    session.execute("SELECT lockstep.projection_create('p')")
+    session.execute("SET search_path = workshop, public; SET lock_timeout = '10ms'")
+    blocker.execute("BEGIN; SELECT FROM lockstep.projections FOR UPDATE")
+    for call_ in ("projection_drop('p')", "projection_pause('p')", f"projection_owner('p', '{role}')", "projection_alter('p', batch_size => 3)"):
+        session.execute(
+            f"""
+            DO $$ BEGIN
+                BEGIN
+                    PERFORM lockstep.{call_};
+                    RAISE 'was not held up';
+                EXCEPTION WHEN lock_not_available THEN
+                    INSERT INTO workshop.notes (what) VALUES (current_setting('search_path'));
+                END;
+                BEGIN
+                    PERFORM FROM lockstep.events;
+                    DELETE FROM lockstep.projections;
+                    RAISE 'is still the owner';
+                EXCEPTION WHEN insufficient_privilege THEN
+                    INSERT INTO workshop.notes (what) VALUES (current_setting('search_path'));
+                END;
+            END $$
+            """
+        )
+    blocker.execute("ROLLBACK")
+    assert roles.admin.execute("SELECT what, who FROM workshop.notes").fetchall() == [("workshop, public", role)] * 8
