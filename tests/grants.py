@@ -316,8 +316,8 @@ class Extension:
                    f"CREATE POLICY p ON {table} USING (true)", f"CREATE INDEX ON {table} ({first})",
                    f"CREATE STATISTICS pg_temp.s (ndistinct) ON {', '.join(columns[:2])} FROM {table}",
                    f"CREATE TEMP TABLE child () INHERITS ({table})", f"CREATE TEMP TABLE same (LIKE {table})",
-                   f"CREATE TABLE workshop.refers ({', '.join(f'{key} {type_}' for key, type_ in keys)},"
-                   f" FOREIGN KEY ({', '.join(key for key, _ in keys)}) REFERENCES {table})",
+                   *([f"CREATE TABLE workshop.refers ({', '.join(f'{key} {type_}' for key, type_ in keys)},"
+                      f" FOREIGN KEY ({', '.join(key for key, _ in keys)}) REFERENCES {table})"] if keys else []),
                    f"CREATE PUBLICATION p FOR TABLE {table}",
                    f"ALTER TABLE {table} ADD COLUMN c int", f"ALTER TABLE {table} DISABLE TRIGGER ALL",
                    f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", f"ALTER TABLE {table} OWNER TO CURRENT_USER",
