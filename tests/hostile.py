@@ -11,81 +11,79 @@ TYPES = """text, name, int2, int4, int8, numeric, float8, interval, timestamptz,
            regnamespace, regrole, regprocedure, anyelement, anyarray, anycompatible, anycompatiblearray, anynonarray,
            text[], int8[], numeric[]"""
 
-# In a schema, what the caller's search_path finds first if something looks a name up with it: functions, operators, relations and
-# types with the names of those that the extension uses, and its own. Whatever reaches one of them raises TRAP1 and says as whom.
+# In a schema, what the caller's search_path finds first if something looks a name up with it: operators and functions with the
+# names of those that the extension uses, and its own. Whatever reaches one of them raises TRAP1 and says as whom.
+NAMES = """abs aclexplode array_.* bool_.* clock_timestamp concat.* count current_.* extract floor format generate_series greatest
+           has_.* hash.* jsonb_.* least length lower make_interval max min mod now nextval pg_.* power quote_.* random round
+           row_number set_config setval currval string_.* sum to_.* trim.* trunc unnest upper"""
 TRAPS = """
     CREATE FUNCTION {schema}.trap() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
         RAISE 'trapped as %', current_user USING ERRCODE = 'TRAP1'; END $$;
     DO $$
     DECLARE
         types oid[] := string_to_array('{types}', ',')::regtype[];
+        body text := ' LANGUAGE plpgsql AS $body$ BEGIN PERFORM {schema}.trap(); END $body$';
         made record;
     BEGIN
         FOR made IN
-            SELECT DISTINCT 'CREATE FUNCTION {schema}.trap_' || o.oid || '(' || concat_ws(', ', NULLIF(o.oprleft, 0)::regtype, o.oprright::regtype)
-                || ') RETURNS ' || o.oprresult::regtype || ' LANGUAGE plpgsql AS ''BEGIN PERFORM {schema}.trap(); END''' AS function,
-                'CREATE OPERATOR {schema}.' || o.oprname || ' (' || concat_ws(', ', 'LEFTARG = ' || NULLIF(o.oprleft, 0)::regtype,
-                'RIGHTARG = ' || o.oprright::regtype, 'FUNCTION = {schema}.trap_' || o.oid) || ')' AS operator
+            SELECT o.oprname, 'trap_' || o.oid AS trap, o.oprresult::regtype AS result,
+                NULLIF(o.oprleft, 0)::regtype AS l, o.oprright::regtype AS r
             FROM pg_operator AS o
-            WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND (o.oprleft = 0 OR o.oprleft = ANY (types)) AND o.oprright = ANY (types)
-              AND o.oprresult = ANY (types)
+            WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND (o.oprleft = 0 OR o.oprleft = ANY (types))
+              AND o.oprright = ANY (types) AND o.oprresult = ANY (types)
         LOOP
-            EXECUTE made.function;
-            EXECUTE made.operator;
+            EXECUTE format('CREATE FUNCTION {schema}.%s(%s) RETURNS %s', made.trap, concat_ws(', ', made.l, made.r), made.result)
+                || body;
+            EXECUTE format('CREATE OPERATOR {schema}.%s (%s)', made.oprname,
+                concat_ws(', ', 'LEFTARG = ' || made.l, 'RIGHTARG = ' || made.r, 'FUNCTION = {schema}.' || made.trap));
         END LOOP;
         FOR made IN
-            SELECT DISTINCT ON (p.proname, p.proargtypes) format('CREATE FUNCTION {schema}.%I(%s) RETURNS %s LANGUAGE plpgsql AS ''BEGIN PERFORM {schema}.trap(); END''',
-                p.proname, array_to_string(p.proargtypes::regtype[], ', '), CASE WHEN p.prorettype = ANY (types) THEN p.prorettype::regtype ELSE 'void' END) AS function
+            SELECT DISTINCT ON (p.proname, p.proargtypes) p.proname, array_to_string(p.proargtypes::regtype[], ', ') AS arguments,
+                CASE WHEN p.prorettype = ANY (types) THEN p.prorettype::regtype ELSE 'void' END AS result
             FROM pg_proc AS p
             WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.prokind IN ('f', 'a') AND p.proargtypes::oid[] <@ types
-              AND p.proname ~ '^(abs|aclexplode|array_.*|bool_.*|clock_timestamp|concat.*|count|current_.*|extract|floor|format|generate_series|greatest|has_.*|hash.*|jsonb_.*|least|length|lower|make_interval|max|min|mod|now|nextval|pg_.*|power|quote_.*|random|round|row_number|set_config|setval|currval|string_.*|sum|to_.*|trim.*|trunc|unnest|upper)$'
+              AND p.proname ~ '^({names})$'
         LOOP
             BEGIN
-                EXECUTE made.function;
+                EXECUTE format('CREATE FUNCTION {schema}.%I(%s) RETURNS %s', made.proname, made.arguments, made.result) || body;
             EXCEPTION WHEN invalid_function_definition THEN  -- a polymorphic result of no polymorphic argument
                 NULL;
             END;
         END LOOP;
         FOR made IN
-            SELECT format('CREATE FUNCTION {schema}.%I(%s) RETURNS void LANGUAGE plpgsql AS ''BEGIN PERFORM {schema}.trap(); END''',
-                p.proname, pg_get_function_identity_arguments(p.oid)) AS function
+            SELECT p.proname, pg_get_function_identity_arguments(p.oid) AS arguments
             FROM pg_proc AS p WHERE p.pronamespace = 'lockstep'::regnamespace AND p.prokind = 'f'
         LOOP
-            EXECUTE made.function;
+            EXECUTE format('CREATE FUNCTION {schema}.%I(%s) RETURNS void', made.proname, made.arguments) || body;
         END LOOP;
     END $$;
 """
-# What cannot be in the same schema as relations of these names.
-TYPE_TRAPS = """
-    DO $$
-    DECLARE
-        name text;
-    BEGIN
-        FOREACH name IN ARRAY '{{text,int4,int8,bool,float8,numeric,interval,timestamptz,jsonb,uuid,oid,xid,regclass}}'::text[] LOOP
-            EXECUTE format('CREATE DOMAIN {schema}.%I AS pg_catalog.%I CHECK ({schema}.trap())', name, name);
-        END LOOP;
-    END $$;
-"""
-# As the session does it, in {schema} pg_temp.
+# Relations with the names of the extension's, and types with those of PostgreSQL's.
 RELATIONS = """
     DO $$
     DECLARE
         name text;
     BEGIN
-        FOR name IN SELECT c.relname FROM pg_catalog.pg_class AS c
-            WHERE c.relnamespace OPERATOR(pg_catalog.=) 'lockstep'::regnamespace::oid AND c.relkind OPERATOR(pg_catalog.=) ANY ('{{r,v,S}}'::"char"[])
+        FOR name IN
+            SELECT c.relname FROM pg_class AS c
+            WHERE c.relnamespace = 'lockstep'::regnamespace AND c.relkind IN ('r', 'v', 'S')
         LOOP
-            EXECUTE pg_catalog.format('CREATE TABLE {schema}.%I (tenant pg_catalog.text, position pg_catalog.numeric, name pg_catalog.text)', name);
+            EXECUTE format('CREATE TABLE {schema}.%I (tenant text, position numeric, name text)', name);
+        END LOOP;
+        FOREACH name IN ARRAY '{text,int4,int8,bool,float8,numeric,interval,timestamptz,jsonb,uuid,oid,xid,regclass}'::text[] LOOP
+            EXECUTE format('CREATE DOMAIN {schema}.%I AS pg_catalog.%I CHECK ({schema}.trap())', name, name);
         END LOOP;
     END $$;
 """
 
 
 def set_traps(session, schema):
-    """As a session that may do it; search_path must be the ordinary one."""
-    session.execute(TRAPS.replace("{schema}", schema).replace("{types}", TYPES))
-    session.execute(RELATIONS.format(schema=schema))
-    session.execute(TYPE_TRAPS.format(schema=schema))
+    """As a session that may do it."""
+    traps = TRAPS.replace("{types}", TYPES).replace("{names}", "|".join(NAMES.split()))
+    with session.transaction():
+        session.execute("SET LOCAL search_path = pg_catalog")
+        session.execute(traps.replace("{schema}", schema))
+        session.execute(RELATIONS.replace("{schema}", schema))
 
 
 WORKSHOP = """

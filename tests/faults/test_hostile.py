@@ -181,17 +181,18 @@ def bare(roles):
 OPERATORS = """
     DO $$
     DECLARE
+        types regtype[] := '{oid,name,text,regnamespace,regclass,regproc,int4}';
+        body text := ' RETURNS boolean LANGUAGE plpgsql AS $body$ BEGIN
+            RAISE ''trapped as %'', current_user USING ERRCODE = ''TRAP1''; END $body$';
         made record;
     BEGIN
         FOR made IN
-            SELECT l.type AS l, r.type AS r, o.name, row_number() OVER () AS n
-            FROM unnest('{oid,name,text,regnamespace,regclass,regproc,unknown,int4}'::text[]) AS l (type),
-                 unnest('{oid,name,text,regnamespace,regclass,regproc,unknown,int4}'::text[]) AS r (type), unnest('{=,<>}'::text[]) AS o (name)
-            WHERE NOT ('unknown' IN (l.type, r.type))
+            SELECT l.type AS l, r.type AS r, o.name, 'public.trap_' || row_number() OVER () AS trap
+            FROM unnest(types) AS l (type), unnest(types) AS r (type), unnest('{=,<>}'::text[]) AS o (name)
         LOOP
-            EXECUTE format('CREATE FUNCTION public.trap_%s(%s, %s) RETURNS boolean LANGUAGE plpgsql AS
-                ''BEGIN RAISE ''''trapped as %%'''', current_user USING ERRCODE = ''''TRAP1''''; END''', made.n, made.l, made.r);
-            EXECUTE format('CREATE OPERATOR lockstep.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = public.trap_%s)', made.name, made.l, made.r, made.n);
+            EXECUTE format('CREATE FUNCTION %s(%s, %s)', made.trap, made.l, made.r) || body;
+            EXECUTE format('CREATE OPERATOR lockstep.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = %s)',
+                made.name, made.l, made.r, made.trap);
         END LOOP;
     END $$;
 """
