@@ -1,7 +1,7 @@
 """What each role may do: read out of the pages' GRANT recipes, and found out by trying everything.
 
-An attempt is a statement that exercises one privilege on one object. `Extension` finds the objects in the catalogs and yields the
-attempts on each; an object of a kind that it does not know is an error, so that nothing new goes untested.
+An attempt is a statement that exercises one privilege on one object. `Extension` finds the objects in the catalogs and yields
+the attempts on each; an object of a kind that it does not know is an error, so that nothing new goes untested.
 """
 
 import re
@@ -94,8 +94,7 @@ class Attempt(NamedTuple):
 USAGE = ("schema", "lockstep", "USAGE")
 NOTHING = frozenset()
 
-# A valid call of each function in the database that `prepare` makes, and the SQLSTATE that it raises there if it is not to succeed:
-# what a call must follow in the same transaction is missing.
+# A valid call of each function in the database that `prepare` makes.
 CALLS = {
     "after_data_loss": "",
     "aggregate_events": "'order', 'one'",
@@ -167,6 +166,7 @@ CALLS = {
     "workers_are_on": "",
     "writer_locks": "",
 }
+# What it raises there: what it must follow in the same transaction is missing.
 OUTCOMES = {"projection_advance": "LS002", "projection_fail": "LS002"}
 
 
@@ -189,7 +189,7 @@ def prepare(admin):
     def keep(name, query, *arguments):
         (values[name],) = one(query, arguments).fetchone()
 
-    events = [{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added", "payload": {"secret": "hidden"}}]
+    events = [{"aggregate_type": "order", "aggregate_id": "one", "event_type": "added"}]
     keep("event", "SELECT position FROM lockstep.push_events(%s)", Jsonb(events))
     with admin.transaction():
         one("SELECT lockstep.projection_claim('dead')")
@@ -224,12 +224,124 @@ MEMBERS = """
 """
 
 
+# What is tried, a statement a line.
+TABLE_READ = """
+    SELECT * FROM {table}
+    SELECT count(*) FROM {table}
+    SELECT t FROM {table} AS t
+    COPY {table} TO STDOUT
+    LOCK TABLE {table} IN ACCESS SHARE MODE
+    CREATE TEMP TABLE copied AS TABLE {table}
+    CREATE TEMP TABLE same (LIKE {table})
+    EXPLAIN SELECT FROM {table}
+    DECLARE c CURSOR FOR TABLE {table}
+"""
+TABLE_WRITE = """
+    INSERT INTO {table} DEFAULT VALUES
+    INSERT INTO {table} SELECT * FROM {table}
+    UPDATE {table} SET {column} = NULL
+    DELETE FROM {table}
+    DELETE FROM {table} WHERE false
+    WITH w AS (DELETE FROM {table} RETURNING *) SELECT * FROM w
+    TRUNCATE {table}
+    COPY {table} FROM STDIN
+    MERGE INTO {table} USING (SELECT 1) AS s ON true WHEN MATCHED THEN DELETE
+    MERGE INTO {table} USING (SELECT 1) AS s ON false WHEN NOT MATCHED THEN INSERT DEFAULT VALUES
+    SELECT 1 FROM {table} FOR UPDATE
+    SELECT 1 FROM {table} FOR NO KEY UPDATE
+    SELECT 1 FROM {table} FOR SHARE
+    SELECT 1 FROM {table} FOR KEY SHARE
+    LOCK TABLE {table} IN ROW EXCLUSIVE MODE
+    LOCK TABLE {table} IN SHARE MODE
+    LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE
+"""
+TABLE_CHANGE = """
+    CREATE TRIGGER t BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()
+    CREATE CONSTRAINT TRIGGER t AFTER INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()
+    CREATE RULE r AS ON INSERT TO {table} DO ALSO SELECT 1
+    CREATE POLICY p ON {table} USING (true)
+    CREATE INDEX ON {table} ({column})
+    CREATE STATISTICS pg_temp.s (ndistinct) ON {columns} FROM {table}
+    CREATE TEMP TABLE child () INHERITS ({table})
+    CREATE PUBLICATION p FOR TABLE {table}
+    ALTER TABLE {table} ADD COLUMN c int
+    ALTER TABLE {table} DISABLE TRIGGER ALL
+    ALTER TABLE {table} ENABLE ROW LEVEL SECURITY
+    ALTER TABLE {table} OWNER TO CURRENT_USER
+    ALTER TABLE {table} SET SCHEMA public
+    ALTER TABLE {table} RENAME TO other
+    ALTER TABLE {table} SET (autovacuum_enabled = off)
+    ALTER TABLE {table} ALTER {column} SET STATISTICS 0
+    REINDEX TABLE {table}
+    COMMENT ON TABLE {table} IS ''
+    DROP TABLE {table}
+"""
+VIEW_WRITE = """
+    INSERT INTO {view} DEFAULT VALUES
+    UPDATE {view} SET {column} = NULL
+    DELETE FROM {view}
+    MERGE INTO {view} USING (SELECT 1) AS s ON true WHEN MATCHED THEN DELETE
+"""
+VIEW_CHANGE = """
+    CREATE RULE r AS ON INSERT TO {view} DO INSTEAD NOTHING
+    CREATE TRIGGER t INSTEAD OF DELETE ON {view} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()
+    CREATE OR REPLACE VIEW {view} AS SELECT 1 AS one
+    ALTER VIEW {view} SET (security_barrier = off)
+    ALTER VIEW {view} OWNER TO CURRENT_USER
+    LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE
+    DROP VIEW {view}
+"""
+SEQUENCE = """
+    SELECT last_value FROM {sequence}
+    SELECT nextval('{sequence}')
+    SELECT setval('{sequence}', 1)
+    SELECT currval('{sequence}')
+    CREATE TEMP TABLE uses (n int DEFAULT nextval('{sequence}')); INSERT INTO uses DEFAULT VALUES
+    ALTER SEQUENCE {sequence} RESTART
+    ALTER SEQUENCE {sequence} CACHE 100
+    DROP SEQUENCE {sequence}
+"""
+SCHEMA = """
+    CREATE TABLE {schema}.x ()
+    CREATE TABLE {schema}.x AS SELECT 1
+    CREATE VIEW {schema}.x AS SELECT 1
+    CREATE SEQUENCE {schema}.x
+    CREATE TYPE {schema}.x AS (n int)
+    CREATE DOMAIN {schema}.x AS text
+    CREATE COLLATION {schema}.x (locale = 'C')
+    CREATE FUNCTION {schema}.x() RETURNS int LANGUAGE sql AS 'SELECT 1'
+    CREATE OPERATOR {schema}.= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_catalog.texteq)
+    ALTER SCHEMA {schema} RENAME TO other
+    ALTER SCHEMA {schema} OWNER TO CURRENT_USER
+    DROP SCHEMA {schema} CASCADE
+    ALTER EXTENSION lockstep UPDATE
+    ALTER EXTENSION lockstep DROP TABLE lockstep.events
+    DROP EXTENSION lockstep
+"""
+TYPE = """
+    ALTER TYPE {type} OWNER TO CURRENT_USER
+    ALTER TYPE {type} SET SCHEMA public
+    DROP TYPE {type} CASCADE
+"""
+INDEX = """
+    REINDEX INDEX {index}
+    ALTER INDEX {index} SET (fillfactor = 50)
+    ALTER INDEX {index} RENAME TO other
+    DROP INDEX {index}
+"""
+ROUTINE = """
+    ALTER {kind} {routine} RENAME TO other
+    ALTER {kind} {routine} SET work_mem = '1GB'
+    ALTER {kind} {routine} OWNER TO CURRENT_USER
+    DROP {kind} {routine}
+"""
+
+
 class Extension:
     """The objects of the extension in a database that holds nothing else that depends on it."""
 
     def __init__(self, admin):
         self.admin = admin
-        self.version = admin.info.server_version
         self.objects = admin.execute(MEMBERS).fetchall()
         self.values = prepare(admin)
 
@@ -270,10 +382,8 @@ class Extension:
         else:
             statement = f"{verb} lockstep.{name}({CALLS[name].format(**self.values)})"
         yield Attempt(identity, statement, needs, OUTCOMES.get(name))
-        nobodys = ("ALTER {0} {1} RENAME TO other", "ALTER {0} {1} SET work_mem = '1GB'", "ALTER {0} {1} OWNER TO CURRENT_USER", "DROP {0} {1}")  # fmt: skip
-        for statement in nobodys:
-            yield nobody(identity, statement.format(kind.upper(), identity))
-        yield grant(identity, f"GRANT EXECUTE ON {kind.upper()} {identity} TO PUBLIC")
+        yield from refused(identity, ROUTINE, kind=kind, routine=identity)
+        yield grant(identity, f"GRANT EXECUTE ON {kind} {identity} TO PUBLIC")
 
     def _function(self, identity, oid):
         return self._routine("function", identity, "SELECT * FROM")
@@ -288,92 +398,55 @@ class Extension:
     def _table(self, table, oid):
         needs = frozenset({USAGE, ("relation", table.removeprefix("lockstep."), "SELECT")})
         columns = self._columns(oid)
-        first = columns[0]
+        for statement in lines(TABLE_READ, table=table):
+            yield Attempt(table, statement, needs)
+        for column in columns:
+            yield Attempt(table, f"SELECT {column} FROM {table}", needs)
+            yield nobody(table, f"UPDATE {table} SET {column} = DEFAULT")
+        names = {"table": table, "column": columns[0], "columns": ", ".join(columns[:2])}
+        yield from refused(table, TABLE_WRITE, **names)
+        yield from refused(table, TABLE_CHANGE, **names)
         keys = self.admin.execute(
             """SELECT quote_ident(a.attname), format_type(a.atttypid, NULL) FROM pg_constraint AS c
                JOIN pg_attribute AS a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
                WHERE c.conrelid = %s AND c.contype = 'p' ORDER BY array_position(c.conkey, a.attnum)""",
             (oid,),
         ).fetchall()
-        reads = (f"SELECT * FROM {table}", f"SELECT count(*) FROM {table}", f"COPY {table} TO STDOUT", f"LOCK TABLE {table} IN ACCESS SHARE MODE",
-                 f"CREATE TEMP TABLE copied AS TABLE {table}", f"SELECT t FROM {table} AS t", f"EXPLAIN SELECT FROM {table}",
-                 f"DECLARE c CURSOR FOR TABLE {table}",
-                 *(f"SELECT {column} FROM {table}" for column in columns))  # fmt: skip
-        for statement in reads:
-            yield Attempt(table, statement, needs)
-        writes = (f"INSERT INTO {table} DEFAULT VALUES", f"INSERT INTO {table} SELECT * FROM {table}",
-                  f"UPDATE {table} SET {first} = NULL", f"DELETE FROM {table}", f"DELETE FROM {table} WHERE false",
-                  f"TRUNCATE {table}", f"COPY {table} FROM STDIN",
-                  f"MERGE INTO {table} USING (SELECT 1) AS s ON true WHEN MATCHED THEN DELETE",
-                  f"MERGE INTO {table} USING (SELECT 1) AS s ON false WHEN NOT MATCHED THEN INSERT DEFAULT VALUES",
-                  f"WITH w AS (DELETE FROM {table} RETURNING *) SELECT * FROM w",
-                  *(f"UPDATE {table} SET {column} = DEFAULT" for column in columns),
-                  *(f"SELECT 1 FROM {table} FOR {lock}" for lock in ("UPDATE", "NO KEY UPDATE", "SHARE", "KEY SHARE")),
-                  *(f"LOCK TABLE {table} IN {mode} MODE" for mode in ("ROW EXCLUSIVE", "SHARE", "ACCESS EXCLUSIVE")))  # fmt: skip
-        changes = (f"CREATE TRIGGER t BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-                   f"CREATE CONSTRAINT TRIGGER t AFTER INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-                   f"CREATE RULE r AS ON INSERT TO {table} DO ALSO SELECT 1",
-                   f"CREATE POLICY p ON {table} USING (true)", f"CREATE INDEX ON {table} ({first})",
-                   f"CREATE STATISTICS pg_temp.s (ndistinct) ON {', '.join(columns[:2])} FROM {table}",
-                   f"CREATE TEMP TABLE child () INHERITS ({table})", f"CREATE TEMP TABLE same (LIKE {table})",
-                   *([f"CREATE TABLE workshop.refers ({', '.join(f'{key} {type_}' for key, type_ in keys)},"
-                      f" FOREIGN KEY ({', '.join(key for key, _ in keys)}) REFERENCES {table})"] if keys else []),
-                   f"CREATE PUBLICATION p FOR TABLE {table}",
-                   f"ALTER TABLE {table} ADD COLUMN c int", f"ALTER TABLE {table} DISABLE TRIGGER ALL",
-                   f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", f"ALTER TABLE {table} OWNER TO CURRENT_USER",
-                   f"ALTER TABLE {table} SET SCHEMA public", f"ALTER TABLE {table} RENAME TO other",
-                   f"ALTER TABLE {table} SET (autovacuum_enabled = off)", f"ALTER TABLE {table} ALTER {first} SET STATISTICS 0",
-                   f"REINDEX TABLE {table}", f"COMMENT ON TABLE {table} IS ''", f"DROP TABLE {table}")  # fmt: skip
+        if keys:
+            definitions = ", ".join(" ".join(key) for key in keys)
+            key = ", ".join(name for name, _ in keys)
+            yield nobody(table, f"CREATE TABLE workshop.refers ({definitions}, FOREIGN KEY ({key}) REFERENCES {table})")
         yield grant(table, f"GRANT SELECT ON {table} TO PUBLIC")
         yield grant(table, f"GRANT INSERT ON {table} TO CURRENT_USER")
-        for statement in (*writes, *changes):
-            # LIKE asks for SELECT, and copies no row.
-            yield Attempt(table, statement, needs if "(LIKE" in statement else None)
 
     def _view(self, view, oid):
         # A view's functions are called with its reader's rights.
         called = self.admin.execute(
             """SELECT DISTINCT p.proname FROM pg_rewrite AS r
-               JOIN pg_depend AS d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_proc'::regclass
+               JOIN pg_depend AS d
+                   ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_proc'::regclass
                JOIN pg_proc AS p ON p.oid = d.refobjid AND p.pronamespace = 'lockstep'::regnamespace
                WHERE r.ev_class = %s""",
             (oid,),
         ).fetchall()
-        needs = frozenset(
-            {USAGE, ("relation", view.removeprefix("lockstep."), "SELECT")} | {("function", name, "EXECUTE") for (name,) in called}
-        )
+        needs = {USAGE, ("relation", view.removeprefix("lockstep."), "SELECT")}
+        needs |= {("function", name, "EXECUTE") for (name,) in called}
         columns = self._columns(oid)
-        for statement in (f"SELECT * FROM {view}", f"COPY (SELECT * FROM {view}) TO STDOUT", *(f"SELECT {c} FROM {view}" for c in columns)):
-            yield Attempt(view, statement, needs)
-        # Most of these are no views that could be written through: then that is the error.
-        for statement in (f"INSERT INTO {view} DEFAULT VALUES", f"UPDATE {view} SET {columns[0]} = NULL", f"DELETE FROM {view}",
-                          f"MERGE INTO {view} USING (SELECT 1) AS s ON true WHEN MATCHED THEN DELETE"):  # fmt: skip
-            yield nobody(view, statement, "55000", "0A000", "42809")
-        for statement in (f"CREATE RULE r AS ON INSERT TO {view} DO INSTEAD NOTHING", f"ALTER VIEW {view} SET (security_barrier = off)",
-                          f"ALTER VIEW {view} OWNER TO CURRENT_USER", f"CREATE OR REPLACE VIEW {view} AS SELECT 1 AS one",
-                          f"CREATE TRIGGER t INSTEAD OF DELETE ON {view} FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-                          f"DROP VIEW {view}", f"LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"):  # fmt: skip
-            yield nobody(view, statement)
+        reads = [f"SELECT * FROM {view}", f"COPY (SELECT * FROM {view}) TO STDOUT"]
+        for statement in [*reads, *(f"SELECT {column} FROM {view}" for column in columns)]:
+            yield Attempt(view, statement, frozenset(needs))
+        # Most views cannot be written through at all: then that is the error.
+        yield from refused(view, VIEW_WRITE, "55000", "0A000", "42809", view=view, column=columns[0])
+        yield from refused(view, VIEW_CHANGE, view=view)
         yield grant(view, f"GRANT SELECT ON {view} TO PUBLIC")
 
     def _sequence(self, sequence, oid):
-        for statement in (f"SELECT last_value FROM {sequence}", f"SELECT nextval('{sequence}')", f"SELECT setval('{sequence}', 1)",
-                          f"SELECT currval('{sequence}')", f"ALTER SEQUENCE {sequence} RESTART", f"ALTER SEQUENCE {sequence} CACHE 100",
-                          f"CREATE TEMP TABLE uses (n int DEFAULT nextval('{sequence}')); INSERT INTO uses DEFAULT VALUES",
-                          f"DROP SEQUENCE {sequence}"):  # fmt: skip
-            yield nobody(sequence, statement)
+        yield from refused(sequence, SEQUENCE, sequence=sequence)
         yield grant(sequence, f"GRANT USAGE ON SEQUENCE {sequence} TO PUBLIC")
 
     def _schema(self, schema, oid):
-        usage = frozenset({USAGE})
-        yield Attempt(schema, "SELECT 'lockstep.events'::regclass", usage)
-        for what in ("TABLE {0}.x ()", "TABLE {0}.x AS SELECT 1", "VIEW {0}.x AS SELECT 1", "SEQUENCE {0}.x", "TYPE {0}.x AS (n int)",
-                     "DOMAIN {0}.x AS text", "FUNCTION {0}.x() RETURNS int LANGUAGE sql AS 'SELECT 1'", "COLLATION {0}.x (locale = 'C')",
-                     "OPERATOR {0}.= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_catalog.texteq)"):  # fmt: skip
-            yield nobody(schema, f"CREATE {what.format(schema)}")
-        for statement in (f"ALTER SCHEMA {schema} RENAME TO other", f"ALTER SCHEMA {schema} OWNER TO CURRENT_USER", f"DROP SCHEMA {schema} CASCADE",
-                          "DROP EXTENSION lockstep", "ALTER EXTENSION lockstep UPDATE", "ALTER EXTENSION lockstep DROP TABLE lockstep.events"):  # fmt: skip
-            yield nobody(schema, statement)
+        yield Attempt(schema, "SELECT 'lockstep.events'::regclass", frozenset({USAGE}))
+        yield from refused(schema, SCHEMA, schema=schema)
         yield grant(schema, f"GRANT CREATE ON SCHEMA {schema} TO CURRENT_USER")
 
     def _type(self, type_, oid):
@@ -381,19 +454,14 @@ class Extension:
         yield Attempt(type_, f"CREATE TEMP TABLE typed (c {type_})", frozenset({USAGE}))
         if type_.endswith("[]"):
             type_ = type_.removesuffix("[]").replace(".", "._")
-        for statement in (f"ALTER TYPE {type_} OWNER TO CURRENT_USER", f"DROP TYPE {type_} CASCADE", f"ALTER TYPE {type_} SET SCHEMA public"):
-            # Row types and array types go with their tables: 42809, 2BP01.
-            yield nobody(type_, statement, "42809", "2BP01")
+        # Row types and array types go with their tables: 42809, 2BP01.
+        yield from refused(type_, TYPE, "42809", "2BP01", type=type_)
 
     def _index(self, index, oid):
-        for statement in (f"REINDEX INDEX {index}", f"ALTER INDEX {index} SET (fillfactor = 50)", f"ALTER INDEX {index} RENAME TO other", f"DROP INDEX {index}"):
-            yield nobody(index, statement)
+        yield from refused(index, INDEX, index=index)
 
     def _toast_table(self, table, oid):
         yield nobody(table, f"SELECT * FROM {table}")
-
-    def _toast_table_index(self, index, oid):
-        yield nobody(index, f"REINDEX INDEX {index}")
 
     def _table_constraint(self, identity, oid):
         name, table = identity.split(" on ")
@@ -406,6 +474,15 @@ class Extension:
     def _default_value(self, identity, oid):
         table, column = re.fullmatch(r"for (\w+\.\w+)\.(\w+)", identity).groups()
         yield nobody(identity, f"ALTER TABLE {table} ALTER {column} DROP DEFAULT")
+
+
+def lines(statements, **names):
+    return [line.strip().format(**names) for line in statements.strip().splitlines()]
+
+
+def refused(object, statements, *refusals, **names):
+    for statement in lines(statements, **names):
+        yield nobody(object, statement, *refusals)
 
 
 def nobody(object, statement, *refusals):

@@ -111,7 +111,9 @@ class Scenario:
     def __init__(self, session, admin):
         self.session, self.admin, self.outcomes = session, admin, []
         for oid in (*TIMES, JSONB):
-            session.adapters.register_loader(oid, TextLoader)  # the driver does not read every DateStyle, nor JSON in another encoding
+            session.adapters.register_loader(
+                oid, TextLoader
+            )  # the driver does not read every DateStyle, nor JSON in another encoding
         admin.execute("SET search_path = pg_catalog")
 
     def run(self):
@@ -145,17 +147,61 @@ class Scenario:
         payload = Jsonb({"n": Decimal("12345678901234567890.12345").__str__(), "text": "é ' \\ \\u0041 \" %s $1"})
         for tenant in ("", "blué"):
             for n in range(3):
-                self.call("push_event", aggregate_type="order", aggregate_id=f"o'{n}\\", event_type="placed", payload=payload, tenant=tenant)
-            self.call("push_event", aggregate_type="order", aggregate_id="o'0\\", event_type="paid", expected_sequence=1, tenant=tenant)
-            assert self.call("push_event", aggregate_type="order", aggregate_id="o'0\\", event_type="x", expected_sequence=1, tenant=tenant) == "LS001"
-        event = {"aggregate_type": "user", "aggregate_id": "u", "event_type": "bad", "payload": {"n": 1},
-                 "unique": [{"op": "add", "scope": "mail", "value": "a"}, {"op": "add", "scope": "g", "value": "b", "global": True}],
-                 "event_id": "0a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a"}  # fmt: skip
-        self.call("push_events", events=Jsonb([event, event | {"event_id": "1a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a", "unique": []}]))
+                self.call(
+                    "push_event",
+                    aggregate_type="order",
+                    aggregate_id=f"o'{n}\\",
+                    event_type="placed",
+                    payload=payload,
+                    tenant=tenant,
+                )
+            self.call(
+                "push_event",
+                aggregate_type="order",
+                aggregate_id="o'0\\",
+                event_type="paid",
+                expected_sequence=1,
+                tenant=tenant,
+            )
+            assert (
+                self.call(
+                    "push_event",
+                    aggregate_type="order",
+                    aggregate_id="o'0\\",
+                    event_type="x",
+                    expected_sequence=1,
+                    tenant=tenant,
+                )
+                == "LS001"
+            )
+        event = {
+            "aggregate_type": "user",
+            "aggregate_id": "u",
+            "event_type": "bad",
+            "payload": {"n": 1},
+            "unique": [
+                {"op": "add", "scope": "mail", "value": "a"},
+                {"op": "add", "scope": "g", "value": "b", "global": True},
+            ],
+            "event_id": "0a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a",
+        }
+        self.call(
+            "push_events", events=Jsonb([event, event | {"event_id": "1a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a", "unique": []}])
+        )
         self.call("push_events", events=Jsonb([event]))
         self.call("push_events", events=Jsonb([{**event, "event_id": "2a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a"}]))
-        self.call("push_events", events=Jsonb([{**event, "event_id": "3a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a",
-                                               "unique": [{"op": "remove", "scope": "mail", "value": "a"}]}]))  # fmt: skip
+        self.call(
+            "push_events",
+            events=Jsonb(
+                [
+                    {
+                        **event,
+                        "event_id": "3a0a0a0a-0a0a-4a0a-8a0a-0a0a0a0a0a0a",
+                        "unique": [{"op": "remove", "scope": "mail", "value": "a"}],
+                    }
+                ]
+            ),
+        )
         for function in ("barrier", "horizon", "read_events", "writer_locks"):
             self.call(function)
         self.call("read_events", after=2, max_events=3, aggregate_types=["order"], event_types=["placed", "bad"])
@@ -163,7 +209,9 @@ class Scenario:
 
     def projections(self):
         self.call("projection_create", name="run", handler="workshop.apply(lockstep.events)", max_failures=1)
-        self.call("projection_create", name="claim", event_types=["placed", "bad"], batch_size=2, retry_after="1 day 02:03:04.5")
+        self.call(
+            "projection_create", name="claim", event_types=["placed", "bad"], batch_size=2, retry_after="1 day 02:03:04.5"
+        )
         self.call("projection_create", name="late", start_after=None)
         self.call("projection_create", name="claim", if_not_exists=True)
         self.call("projection_due")
@@ -178,7 +226,12 @@ class Scenario:
                 elif events:
                     self.call("projection_advance", name="claim", up_to=events[0][1])
         self.call("projection_wait", name="run", up_to=1)
-        bad = [row[0] for row in self.admin.execute("SELECT position FROM lockstep.failed_events WHERE projection = 'run' ORDER BY 1").fetchall()]
+        bad = [
+            row[0]
+            for row in self.admin.execute(
+                "SELECT position FROM lockstep.failed_events WHERE projection = 'run' ORDER BY 1"
+            ).fetchall()
+        ]
         assert len(bad) >= 2
         self.call("failed_event_retry", name="run", event_position=bad[0])
         self.call("failed_event_discard", name="run", event_position=bad[1])
@@ -192,7 +245,9 @@ class Scenario:
         self.call("projection_locks")
 
     def leases(self):
-        self.execute("CREATE TRIGGER g BEFORE INSERT ON workshop.guarded EXECUTE FUNCTION lockstep.lease_guard_trigger('l', 'app.token')")
+        self.execute(
+            "CREATE TRIGGER g BEFORE INSERT ON workshop.guarded EXECUTE FUNCTION lockstep.lease_guard_trigger('l', 'app.token')"
+        )
         ((_, token, *_),) = self.call("lease_acquire", name="l", holder="hé'", ttl="1 month 2 days 03:04:05.6", metadata="{}")
         self.call("lease_acquire", name="l", holder="other")
         self.call("lease_renew", name="l", token=token, ttl="2 days")
@@ -236,7 +291,15 @@ class Scenario:
     def jobs(self):
         self.call("queue_configure", queue="q", max_in_progress=3, backoff="1 day 2 hours", max_backoff="1 month")
         for n in range(5):
-            self.call("job_enqueue", queue="q", key=f"k{n % 3}", kind=f"é{n}", payload='{"n": 1.10}', priority=n, max_attempts=1 + n % 2)
+            self.call(
+                "job_enqueue",
+                queue="q",
+                key=f"k{n % 3}",
+                kind=f"é{n}",
+                payload='{"n": 1.10}',
+                priority=n,
+                max_attempts=1 + n % 2,
+            )
         self.call("job_enqueue", queue="q", key="k0", kind="é0", payload='{"n": 2}', on_twin="replace", delay="1 day 1 hour")
         jobs = self.call("job_claim", queue="q", holder="w", max_jobs=3, ttl="1 day")
         ids = [(job[0], job[9]) for job in jobs]

@@ -1,4 +1,4 @@
-"""The README's and the guides' GRANT recipes: what each gives its role, and that it gives nothing else, by trying everything."""
+"""The GRANT recipes of the README and the guides: what each gives, and that it gives nothing else, by trying everything."""
 
 import pytest
 from grants import DENIED, NOTHING, RECIPES, USAGE, Extension, everything, has, run, try_all

@@ -1,4 +1,4 @@
-"""What a role that may not read the extension's tables could still learn of what is in them: of events, tokens, tenants, keys."""
+"""What a role that may not read the extension's tables could still learn of what is in them: events, tokens, tenants, keys."""
 
 import psycopg
 import pytest
@@ -17,8 +17,14 @@ def secrets(roles):
     admin = roles.admin
     payload = Jsonb({"word": SECRET})
     for n in range(50):
-        event = {"aggregate_type": SECRET, "aggregate_id": f"{SECRET}-{n}", "event_type": SECRET, "payload": {"word": SECRET},
-                 "metadata": {"word": SECRET}, "unique": [{"op": "add", "scope": SECRET, "value": f"{SECRET}-{n}"}]}  # fmt: skip
+        event = {
+            "aggregate_type": SECRET,
+            "aggregate_id": f"{SECRET}-{n}",
+            "event_type": SECRET,
+            "payload": {"word": SECRET},
+            "metadata": {"word": SECRET},
+            "unique": [{"op": "add", "scope": SECRET, "value": f"{SECRET}-{n}"}],
+        }
         call(admin, "push_events", events=Jsonb([event]), tenant=SECRET)
         call(admin, "job_enqueue", queue=SECRET, key=f"{SECRET}-{n}", kind=SECRET, payload=payload, tenant=SECRET)
         call(admin, "resource_create", resource=f"{SECRET}-{n}", replicas=[SECRET], tenant=SECRET)
@@ -71,9 +77,12 @@ def test_statistics_sequences_and_other_sessions_show_a_stranger_nothing(secrets
 def test_a_refusal_holds_no_more_than_the_name_of_what_was_refused(secrets):
     roles = secrets
     session = roles.connect(roles.create("stranger", USAGE))
-    for statement in (f"SELECT * FROM lockstep.events WHERE tenant = '{SECRET}' AND 1 / (sequence - 1) > 0",
-                      f"INSERT INTO lockstep.events SELECT * FROM lockstep.events WHERE tenant = '{SECRET}'",
-                      "UPDATE lockstep.leases SET holder = NULL, ttl = NULL", "EXPLAIN ANALYZE SELECT * FROM lockstep.jobs"):  # fmt: skip
+    for statement in (
+        f"SELECT * FROM lockstep.events WHERE tenant = '{SECRET}' AND 1 / (sequence - 1) > 0",
+        f"INSERT INTO lockstep.events SELECT * FROM lockstep.events WHERE tenant = '{SECRET}'",
+        "UPDATE lockstep.leases SET holder = NULL, ttl = NULL",
+        "EXPLAIN ANALYZE SELECT * FROM lockstep.jobs",
+    ):
         with raises("42501") as caught:
             session.execute(statement)
         diag = caught.value.diag
@@ -85,7 +94,8 @@ def test_a_view_that_is_granted_alone_gives_a_leaky_function_nothing_that_it_doe
     """What a cheap function of the reader's own sees in a condition is pushed down as far as it may be."""
     roles = secrets
     Extension(roles.admin)  # something in every view
-    views = [name for (name,) in roles.admin.execute("SELECT relname FROM pg_class WHERE relnamespace = 'lockstep'::regnamespace AND relkind = 'v'").fetchall()]
+    query = "SELECT relname FROM pg_class WHERE relnamespace = 'lockstep'::regnamespace AND relkind = 'v'"
+    views = [name for (name,) in roles.admin.execute(query).fetchall()]
     assert len(views) >= 8
     reader = roles.create("reader", USAGE, "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA lockstep TO {role}")
     session = roles.connect(reader)
@@ -97,10 +107,10 @@ def test_a_view_that_is_granted_alone_gives_a_leaky_function_nothing_that_it_doe
     )
     for view in views:
         roles.admin.execute(f"GRANT SELECT ON lockstep.{view} TO {reader}")
-        columns = [
-            column for (column,) in session.execute("SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0", (f"lockstep.{view}",)).fetchall()
-        ]
-        shown = {str(value) for row in session.execute(f"SELECT {', '.join(f'{column}::text' for column in columns)} FROM lockstep.{view}").fetchall() for value in row}
+        query = "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0"
+        columns = [column for (column,) in session.execute(query, (f"lockstep.{view}",)).fetchall()]
+        as_text = ", ".join(f"{column}::text" for column in columns)
+        shown = {value for row in session.execute(f"SELECT {as_text} FROM lockstep.{view}").fetchall() for value in row}
         for column in columns:
             # Times move on; and only what is text could tell.
             session.execute("DELETE FROM public.seen")
@@ -140,18 +150,32 @@ def test_who_loses_against_a_holder_does_not_learn_its_token(roles):
             diag = error.diag
             told.append((statement, f"{diag.message_primary} {diag.message_detail} {diag.message_hint} {diag.context}"))
 
-    for statement in ("SELECT * FROM lockstep.lease_acquire('l', 'other')", "SELECT * FROM lockstep.lease_renew('l', 1)",
-                      "SELECT lockstep.lease_release('l', 1)", "SELECT lockstep.lease_guard('l', 1)",
-                      "BEGIN; SELECT lockstep.lease_guard_at_commit('l', 1); COMMIT", "CALL lockstep.lease_take('l', 'other', '1 s', '1 ms')"):  # fmt: skip
+    for statement in (
+        "SELECT * FROM lockstep.lease_acquire('l', 'other')",
+        "SELECT * FROM lockstep.lease_renew('l', 1)",
+        "SELECT lockstep.lease_release('l', 1)",
+        "SELECT lockstep.lease_guard('l', 1)",
+        "BEGIN; SELECT lockstep.lease_guard_at_commit('l', 1); COMMIT",
+        "CALL lockstep.lease_take('l', 'other', '1 s', '1 ms')",
+    ):
         tell("app_holder", statement)
         clients["app_holder"].execute("ROLLBACK")
-    for statement in ("SELECT * FROM lockstep.replica_sync_begin('r', 'b', 'other')", "SELECT lockstep.replica_sync_renew('r', 'b', 1)",
-                      "SELECT lockstep.replica_sync_finish('r', 'b', 1)", "SELECT * FROM lockstep.replicas_due()",
-                      "SELECT * FROM lockstep.replica_sync_claim('other')"):  # fmt: skip
+    for statement in (
+        "SELECT * FROM lockstep.replica_sync_begin('r', 'b', 'other')",
+        "SELECT lockstep.replica_sync_renew('r', 'b', 1)",
+        "SELECT lockstep.replica_sync_finish('r', 'b', 1)",
+        "SELECT * FROM lockstep.replicas_due()",
+        "SELECT * FROM lockstep.replica_sync_claim('other')",
+    ):
         tell("app_registry_client", statement)
-    for statement in (f"SELECT lockstep.job_complete({job}, 1)", f"SELECT lockstep.job_fail({job}, 1, 'no')", f"SELECT lockstep.job_guard({job}, 1)",
-                      f"SELECT * FROM lockstep.job_renew(ARRAY[{job}::bigint], ARRAY[1::bigint])", "SELECT * FROM lockstep.job_claim('q', 'other')",
-                      "SELECT * FROM lockstep.job_enqueue('q', 'k', 'a')"):  # fmt: skip
+    for statement in (
+        f"SELECT lockstep.job_complete({job}, 1)",
+        f"SELECT lockstep.job_fail({job}, 1, 'no')",
+        f"SELECT lockstep.job_guard({job}, 1)",
+        f"SELECT * FROM lockstep.job_renew(ARRAY[{job}::bigint], ARRAY[1::bigint])",
+        "SELECT * FROM lockstep.job_claim('q', 'other')",
+        "SELECT * FROM lockstep.job_enqueue('q', 'k', 'a')",
+    ):
         tell("app_job_worker", statement)
     for statement, answer in told:
         assert not any(token in answer for token in tokens), (statement, answer)
@@ -160,12 +184,18 @@ def test_who_loses_against_a_holder_does_not_learn_its_token(roles):
 
 def test_a_push_that_meets_anothers_keys_is_told_only_what_it_has_said_itself(roles):
     """A global key of another tenant's: that it is taken, and not by whom."""
-    event = {"aggregate_type": "user", "aggregate_id": SECRET, "event_type": SECRET, "payload": SECRET,
-             "unique": [{"op": "add", "scope": "mail", "value": "a", "global": True}]}  # fmt: skip
+    event = {
+        "aggregate_type": "user",
+        "aggregate_id": SECRET,
+        "event_type": SECRET,
+        "payload": SECRET,
+        "unique": [{"op": "add", "scope": "mail", "value": "a", "global": True}],
+    }
     call(roles.admin, "push_events", events=Jsonb([event]), tenant=SECRET)
     session = roles.connect(RECIPES["README.md"].create(roles)["app_writer"])
+    mine = event | {"aggregate_id": "mine", "event_type": "t", "payload": None}
     with raises("23505") as caught:
-        call(session, "push_events", events=Jsonb([event | {"aggregate_id": "mine", "event_type": "t", "payload": None}]), tenant="mine")
+        call(session, "push_events", events=Jsonb([mine]), tenant="mine")
     diag = caught.value.diag
     assert SECRET not in f"{diag.message_primary} {diag.message_detail} {diag.message_hint} {diag.context}"
 
@@ -184,7 +214,8 @@ def test_a_worker_shows_others_neither_what_it_runs_nor_for_whom(app):
     (seen,) = session.execute(look, (pid,)).fetchone()
     assert SECRET not in seen
     for kind in ("supervisor", "launcher", "worker"):
-        rows = session.execute("SELECT a::text FROM pg_stat_activity AS a WHERE application_name LIKE %s", (f"lockstep {kind}%",)).fetchall()
+        query = "SELECT a::text FROM pg_stat_activity AS a WHERE application_name LIKE %s"
+        rows = session.execute(query, (f"lockstep {kind}%",)).fetchall()
         assert rows != [] and all(SECRET not in row for (row,) in rows)
     with raises("42501"):
         session.execute("SELECT * FROM lockstep.worker_status")
