@@ -28,7 +28,7 @@ def secrets(roles):
         call(admin, "push_events", events=Jsonb([event]), tenant=SECRET)
         call(admin, "job_enqueue", queue=SECRET, key=f"{SECRET}-{n}", kind=SECRET, payload=payload, tenant=SECRET)
         call(admin, "resource_create", resource=f"{SECRET}-{n}", replicas=[SECRET], tenant=SECRET)
-        call(admin, "lease_acquire", name=f"{SECRET}-{n}", holder=SECRET, metadata=payload)
+        call(admin, "lease_acquire", name=f"{SECRET}-{n}", holder=SECRET, ttl="1 hour", metadata=payload)
     call(admin, "projection_create", name=SECRET)
     admin.execute("ANALYZE")
     return roles
