@@ -136,7 +136,7 @@ inline draw() { /* sequence::TICKET.next(): CACHE 1 */
 }
 
 inline insert() { /* insert(), insert_plain(): rows that nobody else sees yet */
-    d_step { mine = mine | EVENT(drawn); pushed++; WITNESS() }
+    d_step { mine = mine | EVENT(drawn); pushed++; pushes_made++; WITNESS() }
 }
 
 inline push() {
@@ -181,7 +181,6 @@ inline roll_back_to_savepoint() {
     d_step {
         mine = mine & ~EVENT(drawn);
         pushed--;
-        rolled_back = true;
 #ifdef SAVEPOINT_RELEASES_ALL
         has_writer = true;
 #endif
@@ -393,7 +392,7 @@ inline release_locks() { /* LockReleaseAll(): those who wait for the transaction
 
 inline forget() {
     d_step {
-        mine = 0; pushed = 0; sequence = 0; rolled_back = false;
+        mine = 0; pushed = 0; pushes_made = 0; sequence = 0;
         projection = 0; position = 0; batch = 0; has_claimed = false; is_busy = false
     }
 }
@@ -402,8 +401,8 @@ proctype session(byte me; bool pushes; bool claims) {
     byte transactions = TRANSACTIONS; /* left */
     /* Of the transaction's pushes. */
     SET mine;
-    byte pushed, sequence, before, drawn;
-    bool has_aggregate, has_writer, rolled_back;
+    byte pushed, pushes_made, sequence, before, drawn; /* pushes_made: with those that were rolled back */
+    bool has_aggregate, has_writer;
 #ifdef CACHED_TICKETS
     byte cached;
 #endif
@@ -420,7 +419,7 @@ end_idle:
             transactions = (pushes -> transactions - 1 : 0)
         };
         do
-        :: pushes && pushed < PUSHES && !rolled_back -> push()
+        :: pushes && pushes_made < PUSHES -> push()
         :: claims && !has_claimed && !is_busy -> claim()
         :: has_claimed || pushed ->
 #ifdef VISIBLE_BEFORE_LOGGED
@@ -442,7 +441,7 @@ end_idle:
         :: me == 0 && pushed -> do :: true -> skip od
         :: is_busy ->
 #else
-        :: has_claimed || is_busy || pushed || rolled_back -> /* ROLLBACK, or the session is killed */
+        :: has_claimed || is_busy || pushes_made -> /* ROLLBACK, or the session is killed */
 #endif
             running = running & ~BIT(me);
             release_locks();

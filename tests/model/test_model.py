@@ -80,13 +80,16 @@ def bounds(writers=0, readers=0, both=0, transactions=1, pushes=1):
 # Each with the least number of states that it must have: fewer would mean that something is no longer tried.
 SMALL = {
     "two writers, one reader": (bounds(writers=2, readers=1), 150_000),
-    "one that does both, one writer, one reader": (bounds(writers=1, readers=1, both=1), 800_000),
-    "two readers of the same projections": (bounds(writers=1, readers=2, transactions=2), 700_000),
-    "three writers of two aggregates": (bounds(writers=3, pushes=2), 20_000),
+    "one writer, one that does both": (bounds(writers=1, both=1, pushes=2), 200_000),
+    "one writer, two readers": (bounds(writers=1, readers=2), 90_000),
+    "three writers of two aggregates": (bounds(writers=3), 20_000),
 }
 LARGE = {
+    "a writer, a reader, one that does both": (bounds(writers=1, readers=1, both=1), 800_000),
+    "two readers, two transactions": (bounds(writers=1, readers=2, transactions=2), 700_000),
+    "three writers of two pushes": (bounds(writers=3, pushes=2), 2_000_000),
     "two pushes a transaction": (bounds(writers=2, readers=1, pushes=2), 2_000_000),
-    "three writers": (bounds(writers=3, readers=1), 4_000_000),
+    "three writers, one reader": (bounds(writers=3, readers=1), 4_000_000),
     "two pushes a transaction, one does both": (bounds(writers=1, readers=1, both=1, pushes=2), 10_000_000),
     "two transactions each": (bounds(writers=2, readers=1, transactions=2), 10_000_000),
 }
