@@ -9,7 +9,8 @@ use crate::job;
 use crate::lease;
 use crate::lock;
 use crate::sequence::{JOB_ID, TICKET, TOKEN};
-use crate::snapshot;
+use crate::snapshot::{self, At};
+use crate::spi::{Plan, Spi};
 
 /// More than any server can have handed out without its standby or archive knowing of it.
 const GAP: i64 = 1 << 32;
@@ -34,8 +35,22 @@ fn after_data_loss() {
         generation::raise_tokens(GAP);
         job::raise_tokens(GAP);
         TICKET.raise(|value| value.saturating_add(GAP));
-        TOKEN.raise(|value| value.saturating_add(GAP));
+        // Where the sequence stood below the tokens (a logical replication leaves it behind), both have been raised by as much.
+        let greatest = greatest_token();
+        TOKEN.raise(|value| value.saturating_add(GAP).max(greatest));
         Ok::<_, Error>(())
     };
     run().or_raise()
+}
+
+/// The greatest token or incarnation that is on record; 0 if there is none.
+fn greatest_token() -> i64 {
+    static GREATEST: Plan = Plan::joining(
+        "SELECT GREATEST((SELECT max(l.token) FROM lockstep.leases AS l),
+                         (SELECT max(p.sync_token) FROM lockstep.replicas AS p),
+                         (SELECT max(r.incarnation) FROM lockstep.resources AS r),
+                         (SELECT max(j.token) FROM lockstep.jobs AS j))",
+    );
+    let spi = Spi::connect();
+    spi.read(&GREATEST, At::Latest, &[]).get(0, 1).unwrap_or(0)
 }
