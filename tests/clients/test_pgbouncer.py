@@ -12,8 +12,8 @@ from sessions import raises, start
 def pooled(db, monkeypatch):
     """A function that connects to the test's database through the pool."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    with importlib.import_module("pgbouncer").pgbouncer(db.cluster) as connect:
-        yield lambda: connect(db.name)
+    with importlib.import_module("pgbouncer").pgbouncer(db.cluster) as pool:
+        yield lambda: pool.connect(db.name)
 
 
 def test_a_lease_is_waited_for_guarded_renewed_and_released_through_the_pool(db, pooled):
