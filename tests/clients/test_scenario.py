@@ -14,6 +14,7 @@ from pathlib import Path
 import programs
 import pytest
 from psycopg import sql
+from sessions import push_many
 
 CLIENTS = 6
 SERVER_CONNECTIONS = 2
@@ -51,9 +52,9 @@ def program(tmp_path_factory):
     return command
 
 
-def run(command, argument, environment):
+def run(command, arguments, environment):
     result = subprocess.run(
-        [*command, str(argument)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )
     assert result.returncode == 0, result.stdout[-4000:]
     return result.stdout
@@ -78,7 +79,7 @@ def test_the_scenario_ends_the_same_in_every_language(driver, db, address, progr
     session = db.connect()
     session.execute(TABLES)
     session.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '50ms'").format(sql.Identifier(db.name)))
-    run(program(driver), CLIENTS, environment)
+    run(program(driver), [CLIENTS], environment)
     assert state(session) == expected()
     shared = session.execute("SELECT pid FROM outcomes GROUP BY pid HAVING count(DISTINCT client) > 1").fetchall()
     assert bool(shared) == pooled
@@ -165,3 +166,33 @@ def expected():
         "greeted": [f"{client}.{n}" for client in clients for n in range(3)],
         "jobs": [],
     }  # fmt: skip
+
+
+# What becomes of the position of the last event of a batch of 2 or 10, of a push of 20, that a program made a float and passed as
+# `up_to` of projection_advance and as `after` of read_events. Of three kinds of drivers:
+REFUSED_AS_FLOAT = {(2**36, 2): ("42883", "42883"), (2**36, 10): ("42883", "42883"), (4, 2): ("42883", "42883")}
+REFUSED_AS_POSITION = {(2**36, 2): ("68719476736", "19"), (2**36, 10): ("22023", "22023"), (4, 2): ("22023", "22023")}
+ROUNDED = {(2**36, 2): ("68719476736", "19"), (2**36, 10): ("22023", "0"), (4, 2): ("4.000001", "18")}
+FLOATS = {
+    "psycopg": REFUSED_AS_FLOAT,
+    "asyncpg": REFUSED_AS_POSITION,
+    "pg": ROUNDED,
+    "PgJDBC": REFUSED_AS_FLOAT,
+    "tokio-postgres": REFUSED_AS_FLOAT,
+    "pgx": ROUNDED,
+    "psql": REFUSED_AS_FLOAT,
+}
+
+
+@pytest.mark.parametrize("driver", PROGRAMS)
+def test_what_becomes_of_a_position_that_was_made_a_float(driver, db, program):
+    session = db.connect()
+    session.execute(TABLES)
+    found = {}
+    for ticket, batch in FLOATS[driver]:
+        session.execute("SELECT setval('lockstep.ticket', %s, false)", (ticket,))
+        push_many(session, 20, event_type="deposited")
+        output = run(program(driver), ["floats", batch], programs.environment(db, host="127.0.0.1"))
+        found[ticket, batch] = tuple(re.findall(r"^(?:advance|read) (.*)$", output, re.MULTILINE))
+        session.execute("TRUNCATE lockstep.events")
+    assert found == FLOATS[driver]

@@ -351,12 +351,12 @@ public class WithJdbc {
         }
     }
 
-    /** What becomes of a position that was made a float. */
-    static void floats() throws SQLException {
+    /** What becomes of the position of a batch's last event that was made a float. */
+    static void floats(int batch) throws SQLException {
         Client client = new Client(0);
         client.connection.setAutoCommit(false);
         BigDecimal position = (BigDecimal) client.value(
-            "SELECT position FROM lockstep.projection_claim('balances') ORDER BY position LIMIT 1 OFFSET 1");
+            "SELECT max(position) FROM lockstep.projection_claim('balances', max_events => ?)", batch);
         String[][] queries = {
             {"advance", "SELECT lockstep.projection_advance('balances', up_to => ?)::text"},
             {"read", "SELECT count(*)::text FROM lockstep.read_events(after => ?)"},
@@ -377,7 +377,7 @@ public class WithJdbc {
 
     public static void main(String[] arguments) throws Exception {
         if (arguments[0].equals("floats")) {
-            floats();
+            floats(Integer.parseInt(arguments[1]));
             return;
         }
         List<Callable<Void>> clients = new ArrayList<>();

@@ -235,27 +235,29 @@ async def races():
     await asyncio.gather(second(one, "b"), second(other, "a"))
 
 
-async def floats():
-    """What becomes of a position that was made a float."""
+async def floats(batch):
+    """What becomes of the position of a batch's last event that was made a float."""
     client = Client(0, await connect())
-    await client.connection.execute("BEGIN")
-    events = await client.connection.fetch("SELECT position FROM lockstep.projection_claim('balances')")
+    outer = client.connection.transaction()
+    await outer.start()
+    claim = "SELECT position FROM lockstep.projection_claim('balances', max_events => $1)"
+    events = await client.connection.fetch(claim, batch)
     for what, query in (
         ("advance", "SELECT lockstep.projection_advance('balances', up_to => $1)::text"),
         ("read", "SELECT count(*)::text FROM lockstep.read_events(after => $1)"),
     ):
         try:
             async with client.connection.transaction():
-                outcome = await client.value(query, float(events[1]["position"]))
+                outcome = await client.value(query, float(events[-1]["position"]))
         except asyncpg.PostgresError as error:
             outcome = error.sqlstate
         print(what, outcome)
-    await client.connection.execute("ROLLBACK")
+    await outer.rollback()
 
 
 async def main():
     if sys.argv[1] == "floats":
-        await floats()
+        await floats(int(sys.argv[2]))
     else:
         await asyncio.gather(*(work(number + 1) for number in range(int(sys.argv[1]))))
         await races()

@@ -278,18 +278,18 @@ async function races() {
     await Promise.all([one.connection.end(), other.connection.end()]);
 }
 
-// What becomes of a position that was made a float.
-async function floats() {
+// What becomes of the position of a batch's last event that was made a float.
+async function floats(batch) {
     const client = await new Client(0).connect();
     await client.rows("BEGIN");
-    const events = await client.rows("SELECT position FROM lockstep.projection_claim('balances')");
+    const events = await client.rows("SELECT position FROM lockstep.projection_claim('balances', max_events => $1)", batch);
     for (const [what, query] of [
         ["advance", "SELECT lockstep.projection_advance('balances', up_to => $1)::text AS outcome"],
         ["read", "SELECT count(*)::text AS outcome FROM lockstep.read_events(after => $1)"],
     ]) {
         await client.rows("SAVEPOINT s");
         try {
-            console.log(what, (await client.row(query, Number(events[1].position))).outcome);
+            console.log(what, (await client.row(query, Number(events.at(-1).position))).outcome);
         } catch (error) {
             console.log(what, error.code);
         }
@@ -298,13 +298,13 @@ async function floats() {
     await client.connection.end();
 }
 
-async function main(argument) {
-    if (argument === "floats") return floats();
+async function main(argument, batch) {
+    if (argument === "floats") return floats(batch);
     await Promise.all(Array.from({ length: Number(argument) }, (_, n) => work(n + 1)));
     return races();
 }
 
-main(process.argv[2]).catch((error) => {
+main(...process.argv.slice(2)).catch((error) => {
     console.error(error);
     process.exit(1);
 });

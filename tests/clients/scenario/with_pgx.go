@@ -359,14 +359,14 @@ func together(tasks ...func()) {
 	running.Wait()
 }
 
-// What becomes of a position that was made a float.
-func floats() {
+// What becomes of the position of a batch's last event that was made a float.
+func floats(batch int) {
 	c := &client{0, connect()}
 	must(c.execute("BEGIN"))
 	var position pgtype.Numeric
 	var float float64
-	claim := "SELECT position FROM lockstep.projection_claim('balances') ORDER BY position LIMIT 1 OFFSET 1"
-	must(c.row(claim, nil, &position))
+	claim := "SELECT max(position) FROM lockstep.projection_claim('balances', max_events => $1)"
+	must(c.row(claim, []interface{}{batch}, &position))
 	must(position.AssignTo(&float))
 	for _, query := range [][2]string{
 		{"advance", "SELECT lockstep.projection_advance('balances', up_to => $1)::text"},
@@ -383,14 +383,14 @@ func floats() {
 }
 
 func main() {
+	number, err := strconv.Atoi(os.Args[len(os.Args)-1])
+	must(err)
 	if os.Args[1] == "floats" {
-		floats()
+		floats(number)
 		return
 	}
-	clients, err := strconv.Atoi(os.Args[1])
-	must(err)
 	var tasks []func()
-	for n := 1; n <= clients; n++ {
+	for n := 1; n <= number; n++ {
 		n := n
 		tasks = append(tasks, func() { work(n) })
 	}

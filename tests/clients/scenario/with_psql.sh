@@ -229,24 +229,24 @@ SELECT sequence FROM lockstep.push_event('race', 'b', 'ran') \gset
 END
 }
 
-# What becomes of a position that was made a float.
+# What becomes of the position of a batch's last event that was made a float.
 floats() {
-    echo "advance $(code <<'END'
+    local try
+    for try in \
+        "advance SELECT lockstep.projection_advance('balances', up_to => :last::float8)" \
+        "read SELECT count(*) FROM lockstep.read_events(after => :last::float8)"; do
+        echo "${try%% *} $(code -v batch="$1" <<END
 BEGIN;
-SELECT position FROM lockstep.projection_claim('balances') ORDER BY position LIMIT 1 OFFSET 1 \gset
-SELECT lockstep.projection_advance('balances', up_to => :position::float8) \gset
+SELECT max(position) AS last FROM lockstep.projection_claim('balances', max_events => :batch) \gset
+${try#* };
 ROLLBACK;
 END
 )"
-    echo "read $(code <<'END'
-SELECT position FROM lockstep.read_events() ORDER BY position LIMIT 1 OFFSET 1 \gset
-SELECT count(*) FROM lockstep.read_events(after => :position::float8) \gset
-END
-)"
+    done
 }
 
 if [[ $1 == floats ]]; then
-    floats
+    floats "$2"
 else
     running=()
     for number in $(seq "$1"); do

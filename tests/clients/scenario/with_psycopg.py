@@ -232,19 +232,19 @@ def races():
         list(pool.map(second, (one, other), ("b", "a")))
 
 
-def floats():
-    """What becomes of a position that was made a float."""
+def floats(batch):
+    """What becomes of the position of a batch's last event that was made a float."""
     client = Client(0)
     with client.connection.transaction(force_rollback=True):
-        events = client.connection.execute("SELECT position FROM lockstep.projection_claim('balances')").fetchall()
-        (second,) = events[1]
+        claim = "SELECT position FROM lockstep.projection_claim('balances', max_events => %s)"
+        (last,) = client.connection.execute(claim, [batch]).fetchall()[-1]
         for what, query in (
             ("advance", "SELECT lockstep.projection_advance('balances', up_to => %s)::text"),
             ("read", "SELECT count(*)::text FROM lockstep.read_events(after => %s)"),
         ):
             try:
                 with client.connection.transaction():
-                    (outcome,) = client.row(query, float(second))
+                    (outcome,) = client.row(query, float(last))
             except psycopg.Error as error:
                 outcome = error.sqlstate
             print(what, outcome)
@@ -252,7 +252,7 @@ def floats():
 
 if __name__ == "__main__":
     if sys.argv[1] == "floats":
-        floats()
+        floats(int(sys.argv[2]))
     else:
         clients = int(sys.argv[1])
         with ThreadPoolExecutor(clients) as pool:

@@ -486,17 +486,13 @@ async fn races() -> Result<(), Error> {
     tokio::try_join!(second(&one, "b"), second(&other, "a")).map(drop)
 }
 
-/// What becomes of a position that was made a float.
-async fn floats() -> Result<(), Error> {
+/// What becomes of the position of a batch's last event that was made a float.
+async fn floats(batch: i64) -> Result<(), Error> {
     let client = Client::new(0).await?;
     client.begin().await?;
-    let events = client
-        .rows(
-            "SELECT position FROM lockstep.projection_claim('balances')",
-            &[],
-        )
-        .await?;
-    let position = events[1].get::<_, Decimal>(0).to_f64().expect("a number");
+    let claim = "SELECT max(position) FROM lockstep.projection_claim('balances', max_events => $1::bigint::int)";
+    let last: Decimal = client.row(claim, &[int8(&batch)]).await?.get(0);
+    let float = last.to_f64().expect("a number");
     for (what, query) in [
         (
             "advance",
@@ -508,7 +504,7 @@ async fn floats() -> Result<(), Error> {
         ),
     ] {
         client.connection.batch_execute("SAVEPOINT s").await?;
-        match client.text(query, &[(&position, Type::FLOAT8)]).await {
+        match client.text(query, &[(&float, Type::FLOAT8)]).await {
             Ok(outcome) => println!("{what} {outcome}"),
             Err(error) => println!(
                 "{what} {}",
@@ -524,7 +520,7 @@ async fn floats() -> Result<(), Error> {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let argument = env::args().nth(1).ok_or("an argument is needed")?;
     if argument == "floats" {
-        return Ok(floats().await?);
+        return Ok(floats(env::args().nth(2).ok_or("a number is needed")?.parse()?).await?);
     }
     let clients: Vec<_> = (1..=argument.parse()?)
         .map(|number| tokio::spawn(work(number)))
