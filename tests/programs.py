@@ -27,7 +27,7 @@ def command(language, file, directory):
         "java": lambda: ["java", "-XX:TieredStopAtLevel=1", "-cp", JDBC, file],
         "rust": lambda: [build_rust(file, directory)],
         "go": lambda: [build_go(file, directory)],
-        "sh": lambda: ["bash", file],
+        "bash": lambda: ["bash", file],
     }[language]()
 
 
@@ -62,11 +62,11 @@ def build(arguments, directory, **variables):
     assert result.returncode == 0, f"{arguments[0]}: {result.stdout}"
 
 
-def environment(db, host=None, port=None):
-    """What tells a client where the database is: the server itself, unless a pooler's address is given."""
+def environment(db, port=None):
+    """What tells a client where the database is: at the server's port, or at a pooler's. Not each driver knows sockets."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     return inherited | {
-        "PGHOST": str(host or db.cluster.host),
+        "PGHOST": "127.0.0.1",
         "PGPORT": str(port or db.cluster.port),
         "PGUSER": "postgres",
         "PGDATABASE": db.name,

@@ -26,7 +26,7 @@ PROGRAMS = {
     "PgJDBC": ("java", HERE / "scenario" / "WithJdbc.java"),
     "tokio-postgres": ("rust", programs.RUST_PROJECT / "src" / "main.rs"),
     "pgx": ("go", HERE / "scenario" / "with_pgx.go"),
-    "psql": ("sh", HERE / "scenario" / "with_psql.sh"),
+    "psql": ("bash", HERE / "scenario" / "with_psql.sh"),
 }
 
 TABLES = """
@@ -64,13 +64,13 @@ def run(command, arguments, environment):
 def address(request, db, monkeypatch):
     """The environment of a client, and whether it is in a pool."""
     if request.param == "direct":
-        yield programs.environment(db, host="127.0.0.1"), False
+        yield programs.environment(db), False
         return
     monkeypatch.syspath_prepend(HERE)
     # extra_float_digits is what PgJDBC sends as it connects.
     settings = {"default_pool_size": SERVER_CONNECTIONS, "ignore_startup_parameters": "extra_float_digits"}
     with importlib.import_module("pgbouncer").pgbouncer(db.cluster, **settings) as pool:
-        yield programs.environment(db, pool.host, pool.port), True
+        yield programs.environment(db, pool.port), True
 
 
 @pytest.mark.parametrize("driver", PROGRAMS)
@@ -192,7 +192,7 @@ def test_what_becomes_of_a_position_that_was_made_a_float(driver, db, program):
     for ticket, batch in FLOATS[driver]:
         session.execute("SELECT setval('lockstep.ticket', %s, false)", (ticket,))
         push_many(session, 20, event_type="deposited")
-        output = run(program(driver), ["floats", batch], programs.environment(db, host="127.0.0.1"))
+        output = run(program(driver), ["floats", batch], programs.environment(db))
         found[ticket, batch] = tuple(re.findall(r"^(?:advance|read) (.*)$", output, re.MULTILINE))
         session.execute("TRUNCATE lockstep.events")
     assert found == FLOATS[driver]
