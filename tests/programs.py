@@ -32,14 +32,15 @@ def command(language, file, directory):
 
 
 def build_rust(file, directory):
-    """Builds a program as the project's main one; its dependencies are built once and kept."""
-    project, program = directory / "rust", directory / file.stem
-    (project / "src").mkdir(parents=True)
-    for name in ("Cargo.toml", "Cargo.lock"):
-        shutil.copy(RUST_PROJECT / name, project)
-    shutil.copy(file, project / "src" / "main.rs")
-    build(["cargo", "build", "--quiet", "--locked", "--offline"], project, CARGO_TARGET_DIR=BUILDS / "rust")
-    shutil.copy(BUILDS / "rust" / "debug" / "scenario", program)
+    """Builds a program in a copy of the project; what is built is kept, the dependencies and the programs that stay the same."""
+    project, program = BUILDS / "project", directory / file.stem
+    source = project / "src" / "bin" / f"{file.stem}.rs"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    for original, copy in [(RUST_PROJECT / name, project / name) for name in ("Cargo.toml", "Cargo.lock")] + [(file, source)]:
+        if not copy.exists() or copy.read_bytes() != original.read_bytes():
+            shutil.copy(original, copy)
+    build(["cargo", "build", "--quiet", "--locked", "--offline", "--bin", file.stem], project, CARGO_TARGET_DIR=BUILDS / "rust")
+    shutil.copy(BUILDS / "rust" / "debug" / file.stem, program)
     return program
 
 

@@ -196,3 +196,29 @@ def test_what_becomes_of_a_position_that_was_made_a_float(driver, db, program):
         found[ticket, batch] = tuple(re.findall(r"^(?:advance|read) (.*)$", output, re.MULTILINE))
         session.execute("TRUNCATE lockstep.events")
     assert found == FLOATS[driver]
+
+
+# What a driver needs and how it says so without it: its program, with one thing in place of another, and the code that it ends with.
+NEEDED = {
+    "psycopg: Jsonb": ("psycopg", "Jsonb([deposit])", "[deposit]", "cannot adapt type 'dict'"),
+    "asyncpg: timedelta": ("asyncpg", "timedelta(seconds=600)", '"600 seconds"', "invalid input for query argument $2: '600 seconds'"),
+    "asyncpg: json.dumps": ("asyncpg", "json.dumps([deposit])", "[deposit]", "expected str, got list"),
+    "pg: JSON.stringify": ("pg", "JSON.stringify([deposit])", "[deposit]", "code: '22P02'"),
+    "PgJDBC: ?::jsonb": ("PgJDBC", "push_events(?::jsonb)", "push_events(?)", "push_events(character varying) does not exist"),
+    "PgJDBC: ?::interval": ("PgJDBC", "'leader', ?, ttl => ?::interval", "'leader', ?, ttl => ?", "ttl => character varying) does not exist"),
+    "tokio-postgres: ::jsonb": ("tokio-postgres", "push_events($1::jsonb)", "push_events($1)", 'code: SqlState(E42883)'),
+    "pgx: string": ("pgx", "string(deposit)", "deposit", "SQLSTATE 22P02"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver, there, instead, message", NEEDED.values(), ids=NEEDED)
+def test_what_a_driver_needs_to_be_told(driver, there, instead, message, db, tmp_path):
+    db.connect().execute(TABLES)
+    language, file = PROGRAMS[driver]
+    program = tmp_path / f"without_{file.name}"
+    source = file.read_text()
+    assert there in source
+    program.write_text(source.replace(there, instead))
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run(programs.command(language, program, tmp_path), [1], programs.environment(db))

@@ -11,7 +11,7 @@ sql() {
 
 # Runs a script to its end and prints the SQLSTATE of its last error, 00000 if there was none.
 code() {
-    { cat && echo '\echo :LAST_ERROR_SQLSTATE'; } | sql -v ON_ERROR_STOP=0 -v VERBOSITY=sqlstate "$@"
+    { cat && printf '%s\n' '\echo :LAST_ERROR_SQLSTATE'; } | sql -v ON_ERROR_STOP=0 -v VERBOSITY=sqlstate "$@"
 }
 
 record() {
