@@ -294,56 +294,44 @@ impl Client {
 
     async fn sync(&self) -> Result<(), Error> {
         let resource = format!("repository {}", self.number);
-        let name = text(&resource);
+        let named = [text(&resource)];
         let begin = "SELECT status, token FROM lockstep.replica_sync_begin($1, 'copy', $2, ttl => $3::text::interval)";
         let finish = "SELECT lockstep.replica_sync_finish($1, 'copy', $2)";
         self.rows(
             "SELECT lockstep.resource_create($1, ARRAY['primary'])",
-            std::slice::from_ref(&name),
+            &named,
         )
         .await?;
         let first = self
             .row(
                 begin,
-                &[name.clone(), text(&"first"), text(&"1 microsecond")],
+                &[text(&resource), text(&"first"), text(&"1 microsecond")],
             )
             .await?;
         let second = self
-            .row(begin, &[name.clone(), text(&"second"), text(&"1 minute")])
+            .row(
+                begin,
+                &[text(&resource), text(&"second"), text(&"1 minute")],
+            )
             .await?;
         assert_eq!((first.get(0), second.get(0)), ("started", "started"));
         let lost = self
-            .text(finish, &[name.clone(), int8(&first.get(1))])
+            .text(finish, &[text(&resource), int8(&first.get(1))])
             .await?;
         self.record("sync of the first worker", &lost).await?;
         let current = self
-            .text(finish, &[name.clone(), int8(&second.get(1))])
+            .text(finish, &[text(&resource), int8(&second.get(1))])
             .await?;
         self.record("sync of the second worker", &current).await?;
-        for (what, query) in [
-            (
-                "copy to a current one",
-                "SELECT lockstep.generation_replicated($1, 'primary', 'copy')",
-            ),
-            ("", "SELECT lockstep.generation_increment($1)"), // the truth lives elsewhere: both are outdated
-            (
-                "write",
-                "SELECT lockstep.generation_increment($1, ARRAY['primary'])",
-            ),
-            (
-                "sync from it",
-                "SELECT lockstep.replica_sync_begin($1, 'copy', 'third', source => 'primary')",
-            ),
-        ] {
-            match what {
-                "" => drop(self.rows(query, std::slice::from_ref(&name)).await?),
-                _ => {
-                    self.refused(what, query, std::slice::from_ref(&name))
-                        .await?
-                }
-            }
-        }
-        Ok(())
+        let copy = "SELECT lockstep.generation_replicated($1, 'primary', 'copy')";
+        self.refused("copy to a current one", copy, &named).await?;
+        // The truth lives elsewhere: both are outdated.
+        self.rows("SELECT lockstep.generation_increment($1)", &named)
+            .await?;
+        let write = "SELECT lockstep.generation_increment($1, ARRAY['primary'])";
+        self.refused("write", write, &named).await?;
+        let sync = "SELECT lockstep.replica_sync_begin($1, 'copy', 'third', source => 'primary')";
+        self.refused("sync from it", sync, &named).await
     }
 
     async fn jobs(&self) -> Result<(), Error> {
