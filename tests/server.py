@@ -109,9 +109,15 @@ class Cluster:
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(_alive(pid) for pid in processes))
-        # Where nothing reaps orphans, the dead postmaster's pid stays taken and would look like a running server.
-        for lock_file in [self.data / "postmaster.pid", *self.host.glob(".s.PGSQL.*")]:
-            lock_file.unlink(missing_ok=True)
+        self._forget()
+
+    def kill_postmaster(self):
+        """SIGKILL to the postmaster alone; returns when each of its children has noticed and is gone."""
+        postmaster = self._postmaster()
+        children = _children(postmaster)
+        os.kill(postmaster, signal.SIGKILL)
+        wait_until(lambda: not any(_alive(pid) for pid in [*children, postmaster]), 60)
+        self._forget()
 
     def kill_backend(self, pid):
         """SIGKILL to one backend. The server has noticed on return; `wait_for_connections` waits for its recovery."""
@@ -195,6 +201,11 @@ class Cluster:
         if result.returncode != 0:
             raise RuntimeError(f"{program}: {result.stderr}")
         return result.stdout
+
+    def _forget(self):
+        """Removes the lock files of a server that was killed. Where nothing reaps orphans, its pid stays taken."""
+        for lock_file in [self.data / "postmaster.pid", *self.host.glob(".s.PGSQL.*")]:
+            lock_file.unlink(missing_ok=True)
 
     def _postmaster(self):
         try:

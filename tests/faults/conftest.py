@@ -1,0 +1,32 @@
+"""Fixtures of tests that break the server while everything is in use."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import workers
+
+# What a crash may take is taken: nothing reaches the disk before a commit asks for it.
+SETTINGS = workers.SETTINGS | {
+    "synchronous_commit": "on",
+    "wal_writer_delay": "10s",
+    "bgwriter_lru_maxpages": "0",
+    "lockstep.poll_interval": "100ms",
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """The module tests/stress/load.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "stress")
+    return importlib.import_module("load")
+
+
+@pytest.fixture
+def loaded(cluster):
+    """Makes a cluster for `load.Load`, with the library preloaded."""
+
+    def make(**settings):
+        return cluster(**(SETTINGS | settings))
+
+    return make
