@@ -167,19 +167,53 @@ class Cluster:
         self._client("createdb", "-T", "template0", dbname)
         self._client("pg_restore", "--exit-on-error", "-d", dbname, path)
 
-    def standby(self, **settings):
-        """A started standby that streams from this cluster."""
-        standby = Cluster(**(self.settings | settings))
+    def backup(self, *options, **settings):
+        """A base backup of this cluster as a cluster of its own, not started."""
+        copy = Cluster(**(self.settings | settings))
         try:
             _as_server_user(
-                "pg_basebackup", "-D", standby.data, "-R", "-X", "stream", "-c", "fast",
+                "pg_basebackup", "-D", copy.data, *options, "-X", "stream", "-c", "fast",
                 "-h", self.host, "-p", str(self.port), "-U", "postgres",
             )  # fmt: skip
-            standby.conf(**settings)
+            copy.conf(**settings)
+            return copy
+        except BaseException:
+            copy.destroy()
+            raise
+
+    def standby(self, **settings):
+        """A started standby that streams from this cluster."""
+        standby = self.backup("-R", **settings)
+        try:
             return standby.start()
         except BaseException:
             standby.destroy()
             raise
+
+    def archive(self):
+        """From its start on, this cluster archives its WAL; returns what restores it: settings for a copy."""
+        archive = _temporary_directory(self.directory)
+        self.conf(archive_mode="on", archive_command=f'cp "%p" "{archive}/%f"')
+        return {"archive_mode": "off", "restore_command": f'cp "{archive}/%f" "%p"'}
+
+    def wait_for_archive(self):
+        """Waits until what this cluster has written so far is archived."""
+        with self.connect() as connection:
+            (segment,) = connection.execute("SELECT pg_walfile_name(pg_switch_wal())").fetchone()
+            archived = "SELECT COALESCE(last_archived_wal >= %s, false) FROM pg_stat_archiver"
+            wait_until(lambda: connection.execute(archived, (segment,)).fetchone()[0])
+
+    def recover(self, **target):
+        """Starts a backup, not yet started, and recovers it up to the target, where it is promoted."""
+        self.conf(recovery_target_action="promote", **target)
+        signal_file = self.data / "recovery.signal"
+        signal_file.touch()
+        if os.geteuid() == 0:
+            shutil.chown(signal_file, SERVER_USER)
+        self.start()
+        with self.connect() as connection:
+            wait_until(lambda: connection.execute("SELECT NOT pg_is_in_recovery()").fetchone()[0])
+        return self
 
     def wait_for_replay(self, standby, timeout=30.0):
         """Waits until `standby` has replayed what this cluster has written so far."""

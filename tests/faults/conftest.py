@@ -1,5 +1,6 @@
 """Fixtures of tests that break the server while everything is in use."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -26,7 +27,19 @@ def load(monkeypatch):
 def loaded(cluster):
     """Makes a cluster for `load.Load`, with the library preloaded."""
 
-    def make(**settings):
-        return cluster(**(SETTINGS | settings))
+    def make(start=True, **settings):
+        return cluster(start, **(SETTINGS | settings))
 
     return make
+
+
+@pytest.fixture
+def thrown_away():
+    """Destroys clusters that a test makes from others: `thrown_away(primary.standby())`."""
+    with contextlib.ExitStack() as stack:
+
+        def register(made):
+            stack.callback(made.destroy)
+            return made
+
+        yield register

@@ -15,6 +15,7 @@ oracles beside this file; one projection is run by the workers in the server, an
 Where commits are lost, a test says from when on an acknowledgement may be void (`doubt`), and goes on elsewhere (`move`).
 """
 
+import contextlib
 import random
 import threading
 import time
@@ -428,10 +429,21 @@ class Load:
 
     def __enter__(self):
         self.set_up()
-        self.start()
+        self._start()
         return self
 
-    def start(self):
+    @contextlib.contextmanager
+    def started(self):
+        """What `with` does, where the database is there already."""
+        self._start()
+        try:
+            yield self
+        except BaseException:
+            self._end()
+            raise
+        self._stop()
+
+    def _start(self):
         self.stopping.clear()
         self.draining.clear()
         self.registry.stopping.clear()
@@ -473,7 +485,7 @@ class Load:
 
     def __exit__(self, kind, *_):
         if kind is None:
-            self.stop()
+            self._stop()
         else:
             self._end()
 
@@ -491,15 +503,15 @@ class Load:
             if thread.is_alive():
                 self.problems.append(f"a client does not end: {thread}")
 
-    def stop(self):
+    def _stop(self):
         """Ends the clients, and waits until everything that was begun is read, run and done."""
         self._end()
         behind = """SELECT count(*) FROM lockstep.tenants AS t
                     LEFT JOIN lockstep.projection_cursors AS c ON c.tenant = t.tenant AND c.projection = 'handled'
                     WHERE COALESCE(c.position, 0) < t.head"""
-        if not self._problems():
+        if not self.problems:
             with self.where.connect("watcher") as connection:
-                self._wait(lambda: connection.execute(behind).fetchone()[0] == 0, "the workers are behind")
+                self._wait(lambda: connection.execute(behind).fetchone()[0], "the workers are behind in tenants")
 
     def _moved(self):
         with self.where.connect("watcher") as connection:
@@ -524,19 +536,15 @@ class Load:
         def moved():
             now = self._moved()
             standing = [what for what, count in now.items() if count < before[what] + steps]
-            assert not self._problems(), self
-            return not standing or (self._note(f"no progress: {standing}") and False)
+            assert not self.problems, self  # a client has ended; what is wrong with the rest is for the end
+            return standing
 
-        self._wait(moved, None)
+        self._wait(moved, "does not go on")
 
-    def _note(self, text):
-        self.last = text
-        return True
-
-    def _wait(self, condition, what):
+    def _wait(self, unfinished, what):
         end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, what or self.last
+        while left := unfinished():
+            assert time.monotonic() < end, f"{left}: {what}"
             time.sleep(0.02)
 
     def doubt(self):
