@@ -64,9 +64,10 @@ class Cluster:
         self.log = self.directory / "server.log"
         self.host = _temporary_directory(Path("/tmp"))  # a socket's path may have 107 bytes
 
-    def create(self):
+    def create(self, *options):
         """initdb. `start` does it where it has not been done."""
-        _as_server_user("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        command = ("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        _as_server_user(*command, *options)
         self.conf(**self.settings)
         return self
 
@@ -118,6 +119,16 @@ class Cluster:
         os.kill(postmaster, signal.SIGKILL)
         wait_until(lambda: not any(_alive(pid) for pid in [*children, postmaster]), 60)
         self._forget()
+
+    def limit_file_size(self, size):
+        """`ulimit -f` for all processes of the server: those that start later have it from the postmaster."""
+        postmaster = self._postmaster()
+        for pid in [postmaster, *_children(postmaster)]:
+            try:
+                _as_server_user(shutil.which("prlimit"), f"--fsize={size}:", "--pid", str(pid))
+            except subprocess.CalledProcessError:
+                if _alive(pid):
+                    raise
 
     def kill_backend(self, pid):
         """SIGKILL to one backend. The server has noticed on return; `wait_for_connections` waits for its recovery."""

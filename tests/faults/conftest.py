@@ -12,7 +12,7 @@ SETTINGS = workers.SETTINGS | {
     "synchronous_commit": "on",
     "wal_writer_delay": "10s",
     "bgwriter_lru_maxpages": "0",
-    "lockstep.poll_interval": "100ms",
+    "wal_retrieve_retry_interval": "100ms",
 }
 
 

@@ -529,7 +529,7 @@ class Load:
             }
         )
 
-    def progress(self, steps=5):
+    def progress(self, steps=20):
         """Waits until everything has moved by so many steps. What is read after a loss may be above that at once."""
         before = self._moved()
 

@@ -193,7 +193,7 @@ class Run:
         while self.writing.is_set():
             try:
                 self.write(connection, dice)
-            except psycopg.OperationalError as error:
+            except psycopg.Error as error:
                 if not connection.closed and error.sqlstate not in self.passing:
                     raise
                 connection.close()
@@ -291,7 +291,7 @@ class Run:
             for tenant in dice.sample(TENANTS, len(TENANTS)):
                 try:
                     left |= self.read(connection, reader, tenant, dice)
-                except psycopg.OperationalError as error:
+                except psycopg.Error as error:
                     if not connection.closed and error.sqlstate not in self.passing:
                         raise
                     connection.close()
