@@ -56,7 +56,8 @@ def wait_for_lock_wait(connection, pid, timeout=30.0):
 class Cluster:
     """One PostgreSQL cluster in a directory of its own, reached by a socket or by 127.0.0.1."""
 
-    def __init__(self, **settings):
+    def __init__(self, bindir=BINDIR, **settings):
+        self.bindir = bindir
         self.settings = SETTINGS | settings
         self.port = _free_port()
         self.directory = _temporary_directory(STATE / "tests")
@@ -67,7 +68,7 @@ class Cluster:
     def create(self, *options):
         """initdb. `start` does it where it has not been done."""
         command = ("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
-        _as_server_user(*command, *options)
+        self._run(*command, *options)
         self.conf(**self.settings)
         return self
 
@@ -77,7 +78,7 @@ class Cluster:
             self.create()
         self.conf(port=self.port, listen_addresses="127.0.0.1", unix_socket_directories=self.host)
         try:
-            _as_server_user("pg_ctl", "start", "-D", self.data, "-l", self.log, "-w", "-s", env=env)
+            self._run("pg_ctl", "start", "-D", self.data, "-l", self.log, "-w", "-s", env=env)
         except subprocess.CalledProcessError as error:
             log = self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
             raise RuntimeError(f"the server does not start:\n{error.stdout}{log}") from None
@@ -85,7 +86,7 @@ class Cluster:
 
     def stop(self, mode="fast"):
         if self.running():
-            _as_server_user("pg_ctl", "stop", "-D", self.data, "-m", mode, "-w", "-s")
+            self._run("pg_ctl", "stop", "-D", self.data, "-m", mode, "-w", "-s")
 
     def restart(self):
         self.stop()
@@ -141,7 +142,7 @@ class Cluster:
         """Writes settings, and reloads a running server. Those that need a restart wait for `restart`."""
         self.conf_later(**settings)
         if self.running():
-            _as_server_user("pg_ctl", "reload", "-D", self.data, "-s")
+            self._run("pg_ctl", "reload", "-D", self.data, "-s")
 
     def conf_later(self, **settings):
         """Writes settings, which take effect at the next reload or start."""
@@ -180,9 +181,9 @@ class Cluster:
 
     def backup(self, *options, **settings):
         """A base backup of this cluster as a cluster of its own, not started."""
-        copy = Cluster(**(self.settings | settings))
+        copy = Cluster(self.bindir, **(self.settings | settings))
         try:
-            _as_server_user(
+            self._run(
                 "pg_basebackup", "-D", copy.data, *options, "-X", "stream", "-c", "fast",
                 "-h", self.host, "-p", str(self.port), "-U", "postgres",
             )  # fmt: skip
@@ -236,7 +237,10 @@ class Cluster:
             )
 
     def promote(self):
-        _as_server_user("pg_ctl", "promote", "-D", self.data, "-w", "-s")
+        self._run("pg_ctl", "promote", "-D", self.data, "-w", "-s")
+
+    def _run(self, program, *arguments, env=None):
+        _as_server_user(self.bindir / program, *arguments, env=env)
 
     def _client(self, program, *arguments, input=None):
         environment = os.environ | {"PGHOST": str(self.host), "PGPORT": str(self.port), "PGUSER": "postgres"}
@@ -261,7 +265,7 @@ class Cluster:
 
 
 def _as_server_user(program, *arguments, env=None):
-    command = [BINDIR / program, *arguments]
+    command = [program, *arguments]
     if os.geteuid() == 0:
         command = ["runuser", "-u", SERVER_USER, "--", *command]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "RUST_"))}

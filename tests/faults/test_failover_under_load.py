@@ -116,54 +116,18 @@ def test_after_a_recovery_to_a_point_in_time_no_number_is_given_twice(rounds, lo
     running.check()
 
 
-@pytest.fixture
-def clients(cluster, new_database):
-    """A primary and a session in its database, with what clients claim of each kind."""
+def test_after_a_loss_no_claim_from_before_counts_and_all_can_be_claimed_anew(cluster, new_database, load, thrown_away):
     primary = cluster()
     session = new_database(primary, "claims").connect()
     session.execute("SELECT lockstep.projection_create('p')")
-    call(session, "resource_create", resource="r", replicas=["kept", "lost"])
-    call(session, "generation_increment", resource="r")
-    return primary, session
-
-
-class Claims:
-    """A lease, a sync and a job, claimed for an hour."""
-
-    def __init__(self, session, name):
-        self.name = name
-        ((_, self.lease, *_),) = call(session, "lease_acquire", name=name, holder=name, ttl="1 hour")
-        ((_, self.sync, *_),) = call(session, "replica_sync_begin", resource="r", target=name, holder=name, ttl="1 hour")
-        call(session, "job_enqueue", queue=name, key="k", kind="work")
-        ((self.job_id, self.job),) = session.execute("SELECT job_id, token FROM lockstep.job_claim(%s, 'w', 1, '1 hour')", (name,))
-
-    def tokens(self):
-        return [self.lease, self.sync, self.job]
-
-    def are_refused(self, session):
-        with raises("LS003"):
-            call(session, "lease_guard", name=self.name, token=self.lease)
-        assert call(session, "lease_renew", name=self.name, token=self.lease)[0][0] in ("lost", "unknown")
-        assert call(session, "lease_release", name=self.name, token=self.lease) == [(False,)]
-        sync = {"resource": "r", "target": self.name, "token": self.sync}
-        assert call(session, "replica_sync_renew", **sync) == [(False,)]
-        assert call(session, "replica_sync_finish", **sync) == [("lost",)]
-        with raises("LS007"):
-            call(session, "job_guard", job_id=self.job_id, token=self.job)
-        assert call(session, "job_renew", job_ids=[self.job_id], tokens=[self.job]) == []
-        assert call(session, "job_fail", job_id=self.job_id, token=self.job, error="no") == [("lost",)]
-        assert call(session, "job_complete", job_id=self.job_id, token=self.job) == [("lost",)]
-
-
-def test_after_a_loss_no_claim_from_before_counts_and_all_can_be_claimed_anew(clients, thrown_away):
-    primary, session = clients
-    kept = Claims(session, "kept")
+    kept = load.Claims(session, "kept")
     before = [push(session) for _ in range(3)]
     assert claim_and_advance(session, max_events=2) == before[:2]
     standby = thrown_away(primary.standby(wal_retrieve_retry_interval="100ms"))
     primary.wait_for_replay(standby)
     cut_off(standby)
-    lost = Claims(session, "lost")
+    lost = load.Claims(session, "kept", again=True)
+    new = load.Claims(session, "new")
     passed = [push(session) for _ in range(40)]
     drain(session)
     primary.crash()
@@ -171,7 +135,7 @@ def test_after_a_loss_no_claim_from_before_counts_and_all_can_be_claimed_anew(cl
 
     session = standby.connect("claims")
     session.execute("SELECT lockstep.after_data_loss()")
-    for claims in (kept, lost):
+    for claims in (kept, lost, new):
         claims.are_refused(session)
     with raises("LS002"):
         call(session, "projection_advance", name="p", up_to=passed[-1])
@@ -184,9 +148,10 @@ def test_after_a_loss_no_claim_from_before_counts_and_all_can_be_claimed_anew(cl
     assert drain(session) == [before[2], *after]
     assert log(session) == before + after
 
-    session.execute("UPDATE lockstep.leases SET expires_at = now() - interval '1 second'")
-    session.execute("UPDATE lockstep.replicas SET sync_expires_at = now() - interval '1 second' WHERE sync_token IS NOT NULL")
-    session.execute("UPDATE lockstep.jobs SET claimed_until = now() - interval '1 second' WHERE token IS NOT NULL")
-    assert call(session, "job_reap") == [(1,)]
-    again = [Claims(session, name) for name in ("kept", "lost")]
-    assert min(token for claims in again for token in claims.tokens()) > max(kept.tokens() + lost.tokens())
+    anew = [load.Claims(session, "kept", again=True), load.Claims(session, "new")]
+    tokens = [token for claims in (kept, lost, new) for token in claims.tokens()]
+    assert min(token for claims in anew for token in claims.tokens()) > max(tokens)
+    for claims in anew:
+        claims.are_held(session)
+    for claims in (kept, lost, new):
+        claims.are_refused(session)

@@ -28,6 +28,7 @@ import registry
 from oracle import KILLED, TENANTS, Reader
 from psycopg.pq import TransactionStatus
 from psycopg.types.json import Jsonb
+from sessions import call, raises
 
 PATIENCE = 120.0  # how long the server may be away, and how long everything together may stand still
 OWNER = "load_owner"
@@ -391,6 +392,53 @@ class Registry(registry.Run):
         lost = [n for n, row in self.answered.items() if tuple(history.get(n, ())) != row]
         if lost:
             self.problems.append(f"{len(lost)} calls of the registry are lost: {[self.answered[n] for n in lost[:3]]}")
+
+
+class Claims:
+    """A lease, a sync of a resource and a job, all of this name, claimed for an hour. `again`: they are claimed, until now."""
+
+    def __init__(self, session, name, again=False):
+        self.name = name
+        if again:
+            session.execute("UPDATE lockstep.leases SET expires_at = now() - interval '1 second' WHERE name = %s", (name,))
+            session.execute("UPDATE lockstep.replicas SET sync_expires_at = now() - interval '1 second' WHERE resource = %s", (name,))
+            session.execute("UPDATE lockstep.jobs SET claimed_until = now() - interval '1 second' WHERE queue = %s", (name,))
+        else:
+            call(session, "resource_create", resource=name, replicas=["a"])
+            call(session, "generation_increment", resource=name)
+            call(session, "job_enqueue", queue=name, key="k", kind="work")
+        ((acquired, self.lease, *_),) = call(session, "lease_acquire", name=name, holder=str(uuid.uuid4()), ttl="1 hour")
+        begun = call(session, "replica_sync_begin", resource=name, target="a", holder="w", ttl="1 hour")
+        ((status, self.sync, _, self.generation),) = begun
+        assert acquired and status == "started"
+        claimed = "SELECT job_id, token FROM lockstep.job_claim(%s, 'w', 1, '1 hour')"
+        ((self.job_id, self.job),) = session.execute(claimed, (name,)).fetchall()
+
+    def tokens(self):
+        return [self.lease, self.sync, self.job]
+
+    def are_held(self, session):
+        """Each counts, and is given back."""
+        call(session, "lease_guard", name=self.name, token=self.lease)
+        call(session, "job_guard", job_id=self.job_id, token=self.job)
+        assert call(session, "lease_release", name=self.name, token=self.lease) == [(True,)]
+        assert call(session, "replica_sync_finish", resource=self.name, target="a", token=self.sync) == [("current",)]
+        assert call(session, "job_complete", job_id=self.job_id, token=self.job) == [("completed",)]
+        assert call(session, "resource_delete", resource=self.name) == [(True,)]
+
+    def are_refused(self, session):
+        for guard, state in (("lease_guard(%s, %s)", "LS003"), ("job_guard(%s, %s)", "LS007")):
+            values = (self.name, self.lease) if state == "LS003" else (self.job_id, self.job)
+            with raises(state):
+                session.execute(f"SELECT lockstep.{guard}", values)
+        assert call(session, "lease_renew", name=self.name, token=self.lease)[0][0] in ("lost", "unknown")
+        assert call(session, "lease_release", name=self.name, token=self.lease) == [(False,)]
+        sync = {"resource": self.name, "target": "a", "token": self.sync}
+        assert call(session, "replica_sync_renew", **sync) == [(False,)]
+        assert call(session, "replica_sync_finish", **sync)[0][0] in ("lost", "gone")
+        assert call(session, "job_renew", job_ids=[self.job_id], tokens=[self.job]) == []
+        assert call(session, "job_fail", job_id=self.job_id, token=self.job, error="no") == [("lost",)]
+        assert call(session, "job_complete", job_id=self.job_id, token=self.job) == [("lost",)]
 
 
 class Load:
