@@ -738,6 +738,15 @@ mod tests {
     }
 
     #[pg_test]
+    fn after_data_loss_no_job_gets_the_id_of_one_that_was_lost() {
+        let job: i64 = enqueue_new("'q', 'k', 'a'");
+        run("SELECT setval('lockstep.job_id', 1, false)"); // as a logical replication leaves it
+        run("SELECT lockstep.after_data_loss()");
+        let later: i64 = enqueue_new("'q', 'k', 'b'");
+        assert_eq!(later, job + (1 << 32) + 1);
+    }
+
+    #[pg_test]
     fn the_errors_name_the_values() {
         let long = "x".repeat(10_000);
         for (statement, state, message) in [

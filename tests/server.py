@@ -245,7 +245,7 @@ class Cluster:
     def _client(self, program, *arguments, input=None):
         environment = os.environ | {"PGHOST": str(self.host), "PGPORT": str(self.port), "PGUSER": "postgres"}
         result = subprocess.run(
-            [BINDIR / program, *arguments], env=environment, input=input, capture_output=True, text=True
+            [self.bindir / program, *arguments], env=environment, input=input, capture_output=True, text=True
         )
         if result.returncode != 0:
             raise RuntimeError(f"{program}: {result.stderr}")

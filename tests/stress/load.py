@@ -450,7 +450,7 @@ class Load:
         self.leases = Leases(self.where, self.numbers)
         self.jobs = Jobs(self.where, self.numbers)
         self.registry = Registry(self.where, self.numbers)
-        self.problems, self.lossy = [], False
+        self.problems, self.lossy, self.starts = [], False, 0
         self.stopping, self.draining = threading.Event(), threading.Event()
         self.clients, self.drains = [], []
 
@@ -492,6 +492,8 @@ class Load:
         self._stop()
 
     def _start(self):
+        self.starts += 1
+        self.events.seed = f"{self.seed} {self.starts}"  # else a second start would push the same event ids
         self.stopping.clear()
         self.draining.clear()
         self.registry.stopping.clear()
@@ -523,7 +525,7 @@ class Load:
             self.problems.append(f"{role}: {type(error).__name__} {getattr(error, 'sqlstate', '')} {error}")
 
     def _repeat(self, is_over, role, step):
-        self.where.until(is_over, role, random.Random(f"{self.seed} {role}"), step)
+        self.where.until(is_over, role, random.Random(f"{self.events.seed} {role}"), step)
 
     def _is_drained(self):
         if not self.draining.is_set():
