@@ -230,8 +230,9 @@ class Cluster:
     def wait_for_replay(self, standby, timeout=30.0):
         """Waits until `standby` has replayed what this cluster has written so far."""
         with self.connect() as primary, standby.connect() as replica:
-            (position,) = primary.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
-            primary.execute("SELECT pg_switch_wal()")  # else the last record may wait to be sent
+            # A record of our own, flushed by its commit. What pg_current_wal_insert_lsn() gives may lie behind the header of a page
+            # on which there is no record yet: a standby of an idle server would not come to it.
+            (position,) = primary.execute("SELECT pg_logical_emit_message(true, 'lockstep', 'replayed')").fetchone()
             wait_until(
                 lambda: replica.execute("SELECT pg_last_wal_replay_lsn() >= %s", (position,)).fetchone()[0], timeout
             )

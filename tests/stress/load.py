@@ -113,11 +113,6 @@ class Numbers:
             self.given[kind, number] = what
             self.highest[kind] = max(number, self.highest[kind])
 
-    def forget(self, kind):
-        with self.lock:
-            self.given = {key: what for key, what in self.given.items() if key[0] != kind}
-            del self.highest[kind]
-
 
 class Events(oracle.Run):
     """Writers, projections whose claims are committed by clients, one that workers run, and a cursor outside of the server."""
@@ -606,7 +601,6 @@ class Load:
         if self.where.doubtful:
             self.lossy = True
             self.registry.seen = {}
-            self.numbers.forget("job id")
         self.where.cluster = cluster
         self.where.turn += 1
         self.where.doubtful = False
