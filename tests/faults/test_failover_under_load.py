@@ -81,7 +81,7 @@ def test_without_after_data_loss_numbers_are_given_twice_and_a_cursor_outside_pa
         running.progress()
         lose(running, primary, standby)
         running.move(standby)
-        running.progress(50)
+        running.progress()
     wrong = running.judge()
     for what in ("ticket", "token", "job id"):
         assert any(line.startswith(what) and "was given to" in line for line in wrong), wrong
