@@ -213,7 +213,7 @@ class Cluster:
         with self.connect() as connection:
             (segment,) = connection.execute("SELECT pg_walfile_name(pg_switch_wal())").fetchone()
             archived = "SELECT COALESCE(last_archived_wal >= %s, false) FROM pg_stat_archiver"
-            wait_until(lambda: connection.execute(archived, (segment,)).fetchone()[0])
+            wait_until(lambda: connection.execute(archived, (segment,)).fetchone()[0], 120)
 
     def recover(self, **target):
         """Starts a backup, not yet started, and recovers it up to the target, where it is promoted."""
@@ -224,7 +224,7 @@ class Cluster:
             shutil.chown(signal_file, SERVER_USER)
         self.start()
         with self.connect() as connection:
-            wait_until(lambda: connection.execute("SELECT NOT pg_is_in_recovery()").fetchone()[0])
+            wait_until(lambda: connection.execute("SELECT NOT pg_is_in_recovery()").fetchone()[0], 120)
         return self
 
     def wait_for_replay(self, standby, timeout=30.0):

@@ -16,7 +16,7 @@ def replicate_synchronously(primary, thrown_away):
     primary.restart()  # after a reload, commits begin to wait whenever the checkpointer has read the setting
     with primary.connect() as connection:
         state = "SELECT sync_state FROM pg_stat_replication"
-        wait_until(lambda: connection.execute(state).fetchall() == [("sync",)])
+        wait_until(lambda: connection.execute(state).fetchall() == [("sync",)], 120)
     return standby
 
 
@@ -25,7 +25,7 @@ def cut_off(standby):
     with standby.connect() as connection:
         connection.execute("ALTER SYSTEM SET primary_conninfo = ''")  # where pg_basebackup put it
         connection.execute("SELECT pg_reload_conf()")
-        wait_until(lambda: not connection.execute("SELECT FROM pg_stat_wal_receiver").fetchall())
+        wait_until(lambda: not connection.execute("SELECT FROM pg_stat_wal_receiver").fetchall(), 120)
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.slow)])
@@ -51,7 +51,7 @@ def test_after_a_promotion_of_a_synchronous_standby_what_was_acknowledged_is_the
 def lose(running, primary, standby):
     """The primary acknowledges what the standby never hears of, and is gone; the standby takes its place."""
     running.doubt()
-    primary.wait_for_replay(standby)
+    primary.wait_for_replay(standby, 120)
     cut_off(standby)
     running.progress(50)  # more than a sequence writes ahead to the WAL
     primary.crash()
@@ -74,6 +74,7 @@ def test_after_a_promotion_that_lost_commits_no_number_is_given_twice(rounds, lo
     running.check()
 
 
+@pytest.mark.timeout(900)
 def test_without_after_data_loss_numbers_are_given_twice_and_a_cursor_outside_passes_events(load, loaded, thrown_away):
     primary = loaded()
     with load.Load(primary) as running:
@@ -124,7 +125,7 @@ def test_after_a_loss_no_claim_from_before_counts_and_all_can_be_claimed_anew(cl
     before = [push(session) for _ in range(3)]
     assert claim_and_advance(session, max_events=2) == before[:2]
     standby = thrown_away(primary.standby(wal_retrieve_retry_interval="100ms"))
-    primary.wait_for_replay(standby)
+    primary.wait_for_replay(standby, 120)
     cut_off(standby)
     lost = load.Claims(session, "kept", again=True)
     new = load.Claims(session, "new")

@@ -30,7 +30,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.types.json import Jsonb
 from sessions import call, raises
 
-PATIENCE = 120.0  # how long the server may be away, and how long everything together may stand still
+PATIENCE = 200.0  # how long the server may be away, and how long everything together may stand still
 OWNER = "load_owner"
 TTL = 0.4
 GAP = 2**32  # what after_data_loss() adds
