@@ -738,7 +738,7 @@ mod tests {
     }
 
     #[pg_test]
-    fn after_data_loss_no_job_gets_the_id_of_one_that_was_lost() {
+    fn after_data_loss_ids_of_jobs_are_above_all_that_are_there() {
         let job: i64 = enqueue_new("'q', 'k', 'a'");
         run("SELECT setval('lockstep.job_id', 1, false)"); // as a logical replication leaves it
         run("SELECT lockstep.after_data_loss()");
