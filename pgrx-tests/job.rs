@@ -738,6 +738,15 @@ mod tests {
     }
 
     #[pg_test]
+    fn after_data_loss_ids_of_jobs_are_above_all_that_are_there() {
+        let job: i64 = enqueue_new("'q', 'k', 'a'");
+        run("SELECT setval('lockstep.job_id', 1, false)"); // as a logical replication leaves it
+        run("SELECT lockstep.after_data_loss()");
+        let later: i64 = enqueue_new("'q', 'k', 'b'");
+        assert_eq!(later, job + (1 << 32) + 1);
+    }
+
+    #[pg_test]
     fn the_errors_name_the_values() {
         let long = "x".repeat(10_000);
         for (statement, state, message) in [

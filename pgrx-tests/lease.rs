@@ -497,6 +497,16 @@ mod tests {
     }
 
     #[pg_test]
+    fn after_a_data_loss_the_token_sequence_is_above_every_token() {
+        run("SELECT setval('lockstep.token', 5000)");
+        let held = token("a");
+        assert!(release(held));
+        run("SELECT setval('lockstep.token', 1)"); // as a logical replication leaves it
+        run("SELECT lockstep.after_data_loss()");
+        assert!(token("b") > held + (1 << 32));
+    }
+
+    #[pg_test]
     fn lease_take_cannot_be_called_in_a_transaction() {
         let error = raised("CALL lockstep.lease_take('job', 'a', '1 s', '1 s')");
         assert_eq!(error.sqlstate, "2D000");

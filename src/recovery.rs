@@ -24,33 +24,37 @@ const GAP: i64 = 1 << 32;
 fn after_data_loss() {
     let run = || {
         snapshot::require_read_write("after_data_loss")?;
-        // Whoever enqueues draws the id first.
-        JOB_ID.raise(|value| value.saturating_add(GAP));
         // Whoever draws a token locks one of these tables first, and writes its row after the draw: with the tables locked,
         // nobody has drawn a token whose row is not there to be raised. The resources before their replicas, as everywhere.
         for table in [c"resources", c"replicas", c"leases", c"jobs"] {
             lock::lock_table(catalog::relation(table));
         }
+        let (token, job_id) = greatest();
         lease::raise_tokens(GAP);
         generation::raise_tokens(GAP);
         job::raise_tokens(GAP);
         TICKET.raise(|value| value.saturating_add(GAP));
-        // Where the sequence stood below the tokens (a logical replication leaves it behind), both have been raised by as much.
-        let greatest = greatest_token();
-        TOKEN.raise(|value| value.saturating_add(GAP).max(greatest));
+        TOKEN.raise(|value| value.max(token).saturating_add(GAP));
+        // Without its lock: who enqueues draws an id before it locks the table, and would wait for that in a circle. The order
+        // of ids drawn meanwhile means nothing.
+        JOB_ID.raise_unlocked(|value| value.max(job_id).saturating_add(GAP));
         Ok::<_, Error>(())
     };
     run().or_raise()
 }
 
-/// The greatest token or incarnation that is on record; 0 if there is none.
-fn greatest_token() -> i64 {
+/// The greatest token and job id in the tables. A logical replication carries these and leaves the sequences behind.
+fn greatest() -> (i64, i64) {
     static GREATEST: Plan = Plan::joining(
-        "SELECT GREATEST((SELECT max(l.token) FROM lockstep.leases AS l),
-                         (SELECT max(p.sync_token) FROM lockstep.replicas AS p),
-                         (SELECT max(r.incarnation) FROM lockstep.resources AS r),
-                         (SELECT max(j.token) FROM lockstep.jobs AS j))",
+        "SELECT GREATEST((SELECT pg_catalog.max(l.token) FROM lockstep.leases AS l),
+                         (SELECT pg_catalog.max(r.incarnation) FROM lockstep.resources AS r),
+                         (SELECT pg_catalog.max(p.sync_token) FROM lockstep.replicas AS p),
+                         (SELECT pg_catalog.max(j.token) FROM lockstep.jobs AS j)),
+                GREATEST((SELECT pg_catalog.max(j.job_id) FROM lockstep.jobs AS j),
+                         (SELECT pg_catalog.max(d.job_id) FROM lockstep.dead_jobs AS d))",
     );
     let spi = Spi::connect();
-    spi.read(&GREATEST, At::Latest, &[]).get(0, 1).unwrap_or(0)
+    let rows = spi.read(&GREATEST, At::Latest, &[]);
+    let column = |ordinal| rows.get(0, ordinal).unwrap_or_default();
+    (column(1), column(2))
 }

@@ -66,6 +66,11 @@ impl Sequence {
     /// transaction has drawn from it; none can until this transaction ends. The new value is on disk before COMMIT returns.
     pub fn raise(&self, raised: impl FnOnce(i64) -> i64) -> i64 {
         lock::lock_sequence(self.oid());
+        self.raise_unlocked(raised)
+    }
+
+    /// The same without waiting: numbers drawn meanwhile by others may lie on either side.
+    pub fn raise_unlocked(&self, raised: impl FnOnce(i64) -> i64) -> i64 {
         let value = self.value();
         let raised = raised(value);
         if raised > value {

@@ -30,7 +30,7 @@ EXPECTED_ERRORS = {"40P01", "LS001"}
 KILLED = {"57P01", "57P02", "57P03"}
 
 SCHEMA = """
-    CREATE SCHEMA oracle;
+    CREATE SCHEMA IF NOT EXISTS oracle;
     CREATE TABLE oracle.seen (
         nth bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         reader text NOT NULL, tenant text NOT NULL, position numeric NOT NULL
@@ -123,17 +123,21 @@ class Run:
         self.committed, self.aborted = set(), set()  # the tags that writers know to be in the log, or not to be
         self.counts, self.problems = Counter(), []
         self.lock = threading.Lock()
+        self.passing = set(KILLED)  # errors after which a client connects again and goes on
+
+    def set_up(self, connection):
+        connection.execute(SCHEMA)
+        for reader in self.readers:
+            connection.execute(
+                "SELECT lockstep.projection_create(%s, event_types => %s)",
+                (reader.name, list(reader.event_types) or None),
+            )
+            for tenant in TENANTS:
+                connection.execute("INSERT INTO oracle.cursors VALUES (%s, %s)", (reader.name, tenant))
 
     def run(self):
         with self.connect("setup") as connection:
-            connection.execute(SCHEMA)
-            for reader in self.readers:
-                connection.execute(
-                    "SELECT lockstep.projection_create(%s, event_types => %s)",
-                    (reader.name, list(reader.event_types) or None),
-                )
-                for tenant in TENANTS:
-                    connection.execute("INSERT INTO oracle.cursors VALUES (%s, %s)", (reader.name, tenant))
+            self.set_up(connection)
         self.writing.set()
         readers = [
             threading.Thread(target=self.guarded, args=(self.read_all, reader, number))
@@ -189,8 +193,8 @@ class Run:
         while self.writing.is_set():
             try:
                 self.write(connection, dice)
-            except psycopg.OperationalError as error:
-                if not connection.closed and error.sqlstate not in KILLED:
+            except psycopg.Error as error:
+                if not connection.closed and error.sqlstate not in self.passing:
                     raise
                 connection.close()
                 self.count("connections killed")
@@ -253,8 +257,11 @@ class Run:
             if dice.random() < 0.02:
                 event["expected_sequence"] = 0
             events.append(event)
-        connection.execute("SELECT FROM lockstep.push_events(%s, %s)", (Jsonb(events), dice.choice(TENANTS)))
+        self.send(connection, events, dice.choice(TENANTS))
         return tags
+
+    def send(self, connection, events, tenant):
+        connection.execute("SELECT FROM lockstep.push_events(%s, %s)", (Jsonb(events), tenant))
 
     def hold(self, dice):
         """Most transactions are short, some are slow."""
@@ -284,8 +291,8 @@ class Run:
             for tenant in dice.sample(TENANTS, len(TENANTS)):
                 try:
                     left |= self.read(connection, reader, tenant, dice)
-                except psycopg.OperationalError as error:
-                    if not connection.closed and error.sqlstate not in KILLED:
+                except psycopg.Error as error:
+                    if not connection.closed and error.sqlstate not in self.passing:
                         raise
                     connection.close()
                     self.count("connections killed")
