@@ -242,7 +242,9 @@ impl Prepared {
         unsafe {
             pg_sys::AcceptInvalidationMessages();
             let sources = pg_sys::SPI_plan_get_plan_sources(self.0.as_ptr());
-            let source = pg_sys::list_nth(sources, 0).cast::<pg_sys::CachedPlanSource>();
+            let source = (*(*sources).elements)
+                .ptr_value
+                .cast::<pg_sys::CachedPlanSource>();
             let plan = (*source).gplan;
             if (*source).is_valid && !plan.is_null() && (*plan).is_valid {
                 return;
