@@ -2,10 +2,10 @@
 export PG_CONFIG
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-upgraded test-package check install package matrix release bench stop clean
+.PHONY: help setup demo test test-all test-upgraded test-dockerfile test-package check install package matrix release bench stop clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "PG_CONFIG=/path/to/pg_config chooses a server; without it they use an embedded PostgreSQL 18."
 
 setup: ## Install what is missing (the other verbs do so too)
@@ -31,6 +31,9 @@ install: setup ## Install the extension into the server of PG_CONFIG
 
 package: setup ## Make a Debian package for each PostgreSQL that is installed
 	@tools/package
+
+test-dockerfile: ## Run the steps of the Dockerfile in a fresh Debian (as root)
+	@tools/test-dockerfile
 
 test-package: package ## Use the package for PostgreSQL 15 in a fresh Debian (as root)
 	@tools/test-package

@@ -111,4 +111,4 @@ def test_everything_that_names_the_version_names_the_same():
     meta = (PROJECT / "META.json").read_text()
     assert re.findall(r'"version": "(\d+\.\d+\.\d+)"', meta) == [VERSION, VERSION, "1.0.0"]  # the last is the specification's
     assert re.match(rf"## {re.escape(VERSION)} \(", (PROJECT / "CHANGELOG.md").read_text())
-    assert re.match(rf"lockstep \({re.escape(VERSION)}-\d+\) ", (PROJECT / "packaging" / "debian" / "changelog").read_text())
+    assert re.match(rf"lockstep \({re.escape(VERSION)}-\d+\) ", (PROJECT / "debian" / "changelog").read_text())
