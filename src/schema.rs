@@ -8,7 +8,7 @@
 //!
 //! The objects' version is the number in the body of `lockstep.schema_version()`. It is looked up in the system caches without
 //! being run, and then taken as known until PostgreSQL says that this function has changed: an upgrade that another session
-//! commits is seen by the next transaction, and a call pays for one flag.
+//! commits is seen by the next call, in the same transaction too, and a call pays for a look at two flags.
 
 use pgrx::pg_sys;
 use std::ffi::CStr;
@@ -28,6 +28,8 @@ static IS_REGISTERED: AtomicBool = AtomicBool::new(false);
 
 /// Whether this library works with the SQL objects in this database.
 pub fn check() -> Result<(), Error> {
+    // SAFETY: inside a transaction. In one that is open for long nothing else may have taken notice of what others committed.
+    unsafe { pg_sys::AcceptInvalidationMessages() };
     if IS_KNOWN.load(Relaxed) {
         return Ok(());
     }

@@ -56,7 +56,8 @@ def wait_for_lock_wait(connection, pid, timeout=30.0):
 class Cluster:
     """One PostgreSQL cluster in a directory of its own, reached by a socket or by 127.0.0.1."""
 
-    def __init__(self, **settings):
+    def __init__(self, bindir=BINDIR, **settings):
+        self.bindir = bindir
         self.settings = SETTINGS | settings
         self.port = _free_port()
         self.directory = _temporary_directory(STATE / "tests")
@@ -64,9 +65,10 @@ class Cluster:
         self.log = self.directory / "server.log"
         self.host = _temporary_directory(Path("/tmp"))  # a socket's path may have 107 bytes
 
-    def create(self):
+    def create(self, *options):
         """initdb. `start` does it where it has not been done."""
-        _as_server_user("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        command = ("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        self._run(*command, *options)
         self.conf(**self.settings)
         return self
 
@@ -76,7 +78,7 @@ class Cluster:
             self.create()
         self.conf(port=self.port, listen_addresses="127.0.0.1", unix_socket_directories=self.host)
         try:
-            _as_server_user("pg_ctl", "start", "-D", self.data, "-l", self.log, "-w", "-s", env=env)
+            self._run("pg_ctl", "start", "-D", self.data, "-l", self.log, "-w", "-s", env=env)
         except subprocess.CalledProcessError as error:
             log = self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
             raise RuntimeError(f"the server does not start:\n{error.stdout}{log}") from None
@@ -84,7 +86,7 @@ class Cluster:
 
     def stop(self, mode="fast"):
         if self.running():
-            _as_server_user("pg_ctl", "stop", "-D", self.data, "-m", mode, "-w", "-s")
+            self._run("pg_ctl", "stop", "-D", self.data, "-m", mode, "-w", "-s")
 
     def restart(self):
         self.stop()
@@ -109,9 +111,25 @@ class Cluster:
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(_alive(pid) for pid in processes))
-        # Where nothing reaps orphans, the dead postmaster's pid stays taken and would look like a running server.
-        for lock_file in [self.data / "postmaster.pid", *self.host.glob(".s.PGSQL.*")]:
-            lock_file.unlink(missing_ok=True)
+        self._forget()
+
+    def kill_postmaster(self):
+        """SIGKILL to the postmaster alone; returns when each of its children has noticed and is gone."""
+        postmaster = self._postmaster()
+        children = _children(postmaster)
+        os.kill(postmaster, signal.SIGKILL)
+        wait_until(lambda: not any(_alive(pid) for pid in [*children, postmaster]), 60)
+        self._forget()
+
+    def limit_file_size(self, size):
+        """`ulimit -f` for all processes of the server: those that start later have it from the postmaster."""
+        postmaster = self._postmaster()
+        for pid in [postmaster, *_children(postmaster)]:
+            try:
+                _as_server_user(shutil.which("prlimit"), f"--fsize={size}:", "--pid", str(pid))
+            except subprocess.CalledProcessError:
+                if _alive(pid):
+                    raise
 
     def kill_backend(self, pid):
         """SIGKILL to one backend. The server has noticed on return; `wait_for_connections` waits for its recovery."""
@@ -124,7 +142,7 @@ class Cluster:
         """Writes settings, and reloads a running server. Those that need a restart wait for `restart`."""
         self.conf_later(**settings)
         if self.running():
-            _as_server_user("pg_ctl", "reload", "-D", self.data, "-s")
+            self._run("pg_ctl", "reload", "-D", self.data, "-s")
 
     def conf_later(self, **settings):
         """Writes settings, which take effect at the next reload or start."""
@@ -161,19 +179,53 @@ class Cluster:
         self._client("createdb", "-T", "template0", dbname)
         self._client("pg_restore", "--exit-on-error", "-d", dbname, path)
 
-    def standby(self, **settings):
-        """A started standby that streams from this cluster."""
-        standby = Cluster(**(self.settings | settings))
+    def backup(self, *options, **settings):
+        """A base backup of this cluster as a cluster of its own, not started."""
+        copy = Cluster(self.bindir, **(self.settings | settings))
         try:
-            _as_server_user(
-                "pg_basebackup", "-D", standby.data, "-R", "-X", "stream", "-c", "fast",
+            self._run(
+                "pg_basebackup", "-D", copy.data, *options, "-X", "stream", "-c", "fast",
                 "-h", self.host, "-p", str(self.port), "-U", "postgres",
             )  # fmt: skip
-            standby.conf(**settings)
+            copy.conf(**settings)
+            return copy
+        except BaseException:
+            copy.destroy()
+            raise
+
+    def standby(self, **settings):
+        """A started standby that streams from this cluster."""
+        standby = self.backup("-R", **settings)
+        try:
             return standby.start()
         except BaseException:
             standby.destroy()
             raise
+
+    def archive(self):
+        """From its start on, this cluster archives its WAL; returns what restores it: settings for a copy."""
+        archive = _temporary_directory(self.directory)
+        self.conf(archive_mode="on", archive_command=f'cp "%p" "{archive}/%f"')
+        return {"archive_mode": "off", "restore_command": f'cp "{archive}/%f" "%p"'}
+
+    def wait_for_archive(self):
+        """Waits until what this cluster has written so far is archived."""
+        with self.connect() as connection:
+            (segment,) = connection.execute("SELECT pg_walfile_name(pg_switch_wal())").fetchone()
+            archived = "SELECT COALESCE(last_archived_wal >= %s, false) FROM pg_stat_archiver"
+            wait_until(lambda: connection.execute(archived, (segment,)).fetchone()[0])
+
+    def recover(self, **target):
+        """Starts a backup, not yet started, and recovers it up to the target, where it is promoted."""
+        self.conf(recovery_target_action="promote", **target)
+        signal_file = self.data / "recovery.signal"
+        signal_file.touch()
+        if os.geteuid() == 0:
+            shutil.chown(signal_file, SERVER_USER)
+        self.start()
+        with self.connect() as connection:
+            wait_until(lambda: connection.execute("SELECT NOT pg_is_in_recovery()").fetchone()[0])
+        return self
 
     def wait_for_replay(self, standby, timeout=30.0):
         """Waits until `standby` has replayed what this cluster has written so far."""
@@ -185,16 +237,24 @@ class Cluster:
             )
 
     def promote(self):
-        _as_server_user("pg_ctl", "promote", "-D", self.data, "-w", "-s")
+        self._run("pg_ctl", "promote", "-D", self.data, "-w", "-s")
+
+    def _run(self, program, *arguments, env=None):
+        _as_server_user(self.bindir / program, *arguments, env=env)
 
     def _client(self, program, *arguments, input=None):
         environment = os.environ | {"PGHOST": str(self.host), "PGPORT": str(self.port), "PGUSER": "postgres"}
         result = subprocess.run(
-            [BINDIR / program, *arguments], env=environment, input=input, capture_output=True, text=True
+            [self.bindir / program, *arguments], env=environment, input=input, capture_output=True, text=True
         )
         if result.returncode != 0:
             raise RuntimeError(f"{program}: {result.stderr}")
         return result.stdout
+
+    def _forget(self):
+        """Removes the lock files of a server that was killed. Where nothing reaps orphans, its pid stays taken."""
+        for lock_file in [self.data / "postmaster.pid", *self.host.glob(".s.PGSQL.*")]:
+            lock_file.unlink(missing_ok=True)
 
     def _postmaster(self):
         try:
@@ -205,7 +265,7 @@ class Cluster:
 
 
 def _as_server_user(program, *arguments, env=None):
-    command = [BINDIR / program, *arguments]
+    command = [program, *arguments]
     if os.geteuid() == 0:
         command = ["runuser", "-u", SERVER_USER, "--", *command]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "RUST_"))}
