@@ -1,5 +1,7 @@
 """All that the catalogs know of the extension, as text, to compare two installations of it."""
 
+import re
+
 # Each query gives rows of (what it is, its name, all that is to be the same of it). Members are what the extension owns; the rest is
 # looked up through the schema, which holds nothing else, so that an object that is no member is seen too.
 QUERIES = (
@@ -91,12 +93,15 @@ SORTED = """
 """
 
 
-def describe(connection):
-    """The description of each object of the extension, by what it is and its name."""
+def describe(connection, privileges=True):
+    """The description of each object of the extension, by what it is and its name; without who may do what, if so asked."""
+    queries = [query.replace("sorted(", "pg_temp.sorted(") for query in QUERIES]
+    if not privileges:
+        queries = [re.sub(r"pg_temp\.sorted\(\S*acl\)", "NULL", query) for query in queries if "pg_init_privs" not in query]
     with connection.transaction():
         connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
         connection.execute(SORTED)
-        rows = [row for query in QUERIES for row in connection.execute(query.replace("sorted(", "pg_temp.sorted(")).fetchall()]
+        rows = [row for query in queries for row in connection.execute(query).fetchall()]
     description = {(what, name): text for what, name, text in rows if what != "member"}
     description |= {("member", f"{kind} {name}"): "" for what, kind, name in rows if what == "member"}
     return description
