@@ -101,7 +101,8 @@ def never_released(script):
     older.without(r"CREATE INDEX dead_jobs_queue_idx")
     check = "CONSTRAINT queues_tenant_check CHECK (NOT every_tenant OR tenant = '')"
     older.changed(f",\n    {check}", "", f"ALTER TABLE lockstep.queues ADD {check};")
-    older.changed("enqueued int NOT NULL DEFAULT 1", "enqueued int NOT NULL", "ALTER TABLE lockstep.jobs ALTER enqueued SET DEFAULT 1;")
+    column = "missing_at_source boolean NOT NULL"
+    older.changed(f"{column} DEFAULT false", column, "ALTER TABLE lockstep.replicas ALTER missing_at_source SET DEFAULT false;")
     older.without(r"COMMENT ON COLUMN lockstep\.jobs\.lane")
     older.changed(
         "PRIMARY KEY (queue, tenant, part)\n) WITH (fillfactor = 50)", "PRIMARY KEY (queue, tenant, part)\n)",
