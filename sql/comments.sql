@@ -36,6 +36,9 @@ COMMENT ON TABLE lockstep.projection_pauses IS
 COMMENT ON TABLE lockstep.failed_events IS
 'Events that a projection could not apply: still to be retried, or skipped (dead letters) from skipped_at on.';
 
+COMMENT ON FUNCTION lockstep.schema_version() IS
+'Version of the extension''s SQL objects, by which a library knows whether it works with them.';
+
 COMMENT ON FUNCTION lockstep.push_events(jsonb, text) IS
 'Appends the events of a JSON array atomically, in order. Keys: aggregate_type, aggregate_id, event_type; optional payload, metadata, expected_sequence, event_id, unique. Waits for pushes to the same aggregates and unique keys. Raises LS001, 23505, 22023, 22004, 54000, 40001, 55000.';
 COMMENT ON FUNCTION lockstep.push_event(text, text, text, jsonb, bigint, jsonb, text) IS

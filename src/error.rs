@@ -8,8 +8,9 @@ use pgrx::pg_sys;
 use std::borrow::Cow;
 use std::ffi::CString;
 use std::fmt;
+use std::ops::RangeInclusive;
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Error {
     /// An aggregate is not at the sequence that the push expected.
     SequenceConflict {
@@ -117,6 +118,11 @@ pub enum Error {
         ticket: i64,
         value: i64,
     },
+    /// The library does not know the SQL objects: those of before an upgrade, or of after one that this session has not followed.
+    SchemaVersion {
+        actual: i32,
+        expected: RangeInclusive<i32>,
+    },
     /// The target of a replication is not behind its source; what holds nothing has no generation.
     GenerationDowngrade {
         resource: String,
@@ -157,6 +163,14 @@ fn held(generation: Option<i64>) -> String {
     generation.map_or_else(|| "none".into(), |generation| generation.to_string())
 }
 
+fn versions(range: &RangeInclusive<i32>) -> String {
+    let (first, last) = (range.start(), range.end());
+    if first == last {
+        return last.to_string();
+    }
+    format!("{first} to {last}")
+}
+
 impl Error {
     /// A bad argument without DETAIL or HINT.
     pub fn invalid(message: impl Into<String>) -> Self {
@@ -195,6 +209,7 @@ impl Error {
             Error::TicketBehindLog { .. }
             | Error::TicketNotAbove { .. }
             | Error::TokenNotAbove { .. }
+            | Error::SchemaVersion { .. }
             | Error::NoHandler(_)
             | Error::NotSkipped { .. } => "55000",
             Error::LeaseGuarded { .. } => "55P03",
@@ -251,6 +266,9 @@ impl Error {
             }
             Error::TicketNotAbove { ticket, value } => {
                 format!("Ticket drawn {ticket}, last ticket drawn before {value}.")
+            }
+            Error::SchemaVersion { actual, expected } => {
+                format!("Actual version {actual}, expected {}.", versions(expected))
             }
             Error::GenerationDowngrade {
                 source_generation,
@@ -353,6 +371,12 @@ impl Error {
             Error::TicketNotAbove { .. } => Some(
                 "ALTER SEQUENCE lockstep.ticket CACHE 1, then SELECT lockstep.ticket_resync().",
             ),
+            Error::SchemaVersion { actual, expected } if actual < expected.start() => {
+                Some("ALTER EXTENSION lockstep UPDATE")
+            }
+            Error::SchemaVersion { .. } => Some(
+                "Connect again; where lockstep is in shared_preload_libraries, restart the server.",
+            ),
             Error::NoHandler(_) => Some(
                 "Register one with projection_alter(name, handler => …), or apply events in the client.",
             ),
@@ -393,6 +417,16 @@ impl Error {
 
     /// Raises the error in PostgreSQL; destructors of the calling frames run.
     pub fn raise(self) -> ! {
+        self.report(pgrx::PgLogLevel::ERROR);
+        unreachable!("ThrowErrorData returned from an ERROR")
+    }
+
+    /// Writes it to the server's log, for a process that has nobody to tell.
+    pub fn log(&self) {
+        self.report(pgrx::PgLogLevel::LOG);
+    }
+
+    fn report(&self, level: pgrx::PgLogLevel) {
         let message = c_string(self.to_string());
         let detail = self.detail().map(|text| c_string(text.into_owned()));
         let hint = self.hint().map(|text| c_string(text.into_owned()));
@@ -402,7 +436,7 @@ impl Error {
                 .map_or(std::ptr::null_mut(), |text| text.as_ptr().cast_mut())
         };
         let mut data = pg_sys::ErrorData {
-            elevel: pgrx::PgLogLevel::ERROR as i32,
+            elevel: level as i32,
             sqlerrcode: pack(self.sqlstate()),
             message: message.as_ptr().cast_mut(),
             detail: pointer(&detail),
@@ -410,9 +444,8 @@ impl Error {
             constraint_name: pointer(&constraint),
             ..Default::default()
         };
-        // SAFETY: the strings live until this frame unwinds; ThrowErrorData copies them before it throws.
+        // SAFETY: the strings live until this frame unwinds; ThrowErrorData copies them.
         unsafe { pg_sys::ThrowErrorData(&mut data) };
-        unreachable!("ThrowErrorData returned from an ERROR")
     }
 }
 
@@ -544,6 +577,10 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "source \"{source}\" is not at generation {expected} of resource \"{resource}\""
+            ),
+            Error::SchemaVersion { actual, .. } => write!(
+                f,
+                "this library does not work with version {actual} of the SQL objects of extension \"lockstep\""
             ),
             Error::UndefinedResource { resource, .. } => {
                 write!(f, "resource \"{resource}\" does not exist")

@@ -28,8 +28,9 @@ pub fn databases() -> Vec<String> {
                 list.to_string_lossy()
             );
         }
-        for cell in 0..pg_sys::list_length(parsed) {
-            let name = CStr::from_ptr(pg_sys::list_nth(parsed, cell).cast());
+        let length = parsed.as_ref().map_or(0, |list| list.length as usize);
+        for cell in 0..length {
+            let name = CStr::from_ptr((*(*parsed).elements.add(cell)).ptr_value.cast());
             let name = name.to_string_lossy().into_owned();
             if !names.contains(&name) {
                 names.push(name);

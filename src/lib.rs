@@ -21,6 +21,7 @@ mod process;
 mod projection;
 mod recovery;
 mod rights;
+mod schema;
 mod sequence;
 mod snapshot;
 mod spi;
@@ -30,6 +31,11 @@ mod wakeup;
 mod worker;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
+extension_sql_file!(
+    "../sql/schema.sql",
+    name = "schema",
+    requires = ["event_log"]
+);
 extension_sql_file!("../sql/token.sql", name = "token", requires = ["event_log"]);
 extension_sql_file!(
     "../sql/projection.sql",
@@ -61,6 +67,7 @@ extension_sql_file!(
     "../sql/comments.sql",
     name = "comments",
     requires = [
+        "schema",
         "status",
         event_log::push_events,
         event_log::push_event,

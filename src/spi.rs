@@ -16,10 +16,11 @@ use std::ffi::{CString, c_char};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use crate::error::Error;
+use crate::error::{Error, OrRaise};
 use crate::guc::Settings;
 use crate::position::Position;
 use crate::rights::Procedure;
+use crate::schema;
 use crate::snapshot::At;
 
 /// An argument of a statement, with its type.
@@ -29,7 +30,9 @@ pub type Arg<'a> = DatumWithOid<'a>;
 pub struct Spi(());
 
 impl Spi {
+    /// Raises 55000 where the SQL objects are not those that the statements of this library are for.
     pub fn connect() -> Self {
+        schema::check().or_raise();
         // SAFETY: called inside a transaction; paired with SPI_finish in drop.
         unsafe { pg_sys::SPI_connect() };
         Spi(())
@@ -239,7 +242,9 @@ impl Prepared {
         unsafe {
             pg_sys::AcceptInvalidationMessages();
             let sources = pg_sys::SPI_plan_get_plan_sources(self.0.as_ptr());
-            let source = pg_sys::list_nth(sources, 0).cast::<pg_sys::CachedPlanSource>();
+            let source = (*(*sources).elements)
+                .ptr_value
+                .cast::<pg_sys::CachedPlanSource>();
             let plan = (*source).gplan;
             if (*source).is_valid && !plan.is_null() && (*plan).is_valid {
                 return;

@@ -8,9 +8,11 @@ use super::crew::{Crew, Idle, News};
 use super::queue::{Line, Pair, Queue};
 use super::table::{self, Outcome};
 use crate::catalog;
+use crate::error::Error;
 use crate::guc;
 use crate::process::{self, WaitEvent};
 use crate::projection;
+use crate::schema;
 use crate::transaction;
 use crate::wakeup::mailbox;
 
@@ -76,6 +78,8 @@ struct Launcher {
     crew: Crew,
     tenants: Tenants,
     looks: Looks,
+    /// Why it does not look, once said.
+    refused: Option<Error>,
 }
 
 /// Tenants in which something may have become due, each once, in the order in which they were named.
@@ -138,6 +142,7 @@ impl Launcher {
                 next: now,
                 failures: 0,
             },
+            refused: None,
         }
     }
 
@@ -206,18 +211,25 @@ impl Launcher {
         }
         let looked = transaction::run(|| {
             if !catalog::has_extension() {
-                return Err(());
+                return Err(None);
             }
+            schema::check().map_err(Some)?;
             let (due, is_prepared) = projection::for_workers(tenants);
             let retries = everywhere.then(projection::next_retries);
             Ok((due, is_prepared, retries.unwrap_or_default()))
         });
         // If the look had to wait for a lock, that took the calls of mail that has come meanwhile.
         process::wake(process::number());
-        // An Ok(Err) is no failure: there is no extension.
+        // An Ok(Err) is no failure: there is no extension, or it waits for the other half of an upgrade.
         if everywhere || looked.is_err() {
             self.looks.done(begun, looked.is_ok());
         }
+        self.say_refused(
+            looked
+                .as_ref()
+                .ok()
+                .and_then(|looked| looked.as_ref().err()?.clone()),
+        );
         let Ok(Ok((due, is_prepared, retries))) = looked else {
             self.queue.keep_waiting(|_| false);
             return;
@@ -248,6 +260,15 @@ impl Launcher {
         if everywhere {
             self.queue.keep_waiting(|pair| found.contains(pair));
         }
+    }
+
+    fn say_refused(&mut self, refused: Option<Error>) {
+        if refused != self.refused
+            && let Some(error) = &refused
+        {
+            error.log();
+        }
+        self.refused = refused;
     }
 
     // Whose turn it is.
