@@ -859,7 +859,7 @@ mod tests {
 
     /// Rows are looked up by the numbers of columns.
     #[pg_test]
-    fn columns_that_are_looked_up_by_number_are_where_the_code_has_them() {
+    fn columns_looked_up_by_number_are_where_the_code_has_them() {
         let columns = |table: &str| {
             list(&format!(
                 "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
