@@ -865,4 +865,56 @@ mod tests {
                  tenant => (SELECT string_agg(md5((n * 37)::text), '') FROM generate_series(1, 25) AS n))");
         assert_eq!(one::<i64>("SELECT count(*) FROM lockstep.jobs"), 1);
     }
+
+    /// Rows are looked up by the numbers of columns.
+    #[pg_test]
+    fn columns_looked_up_by_number_are_where_the_code_has_them() {
+        let columns = |table: &str| {
+            list(&format!(
+                "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
+                 WHERE attrelid = '{table}'::regclass AND attnum > 0 AND NOT attisdropped"
+            ))
+        };
+        assert_eq!(
+            columns("lockstep.jobs"),
+            "job_id tenant queue key kind payload priority state attempts_left token holder claimed_until run_at created_at \
+             last_error last_failed_at previous_holder attempts max_attempts claimed_at enqueued slot retry_id delayed_until lane"
+        );
+        assert_eq!(
+            columns("lockstep.queues"),
+            "queue every_tenant tenant paused max_in_progress backoff max_backoff"
+        );
+        assert_eq!(
+            columns("lockstep.leases"),
+            "name holder token acquired_at renewed_at expires_at ttl transitions metadata min_hold_until lock_delay stolen_from \
+             steal_reason"
+        );
+        assert_eq!(
+            columns("lockstep.jobs_twin_key"),
+            "key queue tenant kind retry_id"
+        );
+        assert_eq!(columns("lockstep.jobs_in_progress_key"), "key queue tenant");
+        assert_eq!(
+            columns("lockstep.jobs_order_idx"),
+            "lane priority delayed_until job_id"
+        );
+        assert_eq!(
+            columns("lockstep.jobs_delayed_until_idx"),
+            "queue tenant delayed_until"
+        );
+        assert_eq!(
+            columns("lockstep.jobs_claimed_until_idx"),
+            "queue tenant claimed_until"
+        );
+        assert_eq!(columns("lockstep.queues_pkey"), "queue every_tenant tenant");
+    }
+
+    #[pg_test]
+    fn jobs_claimed_together_come_in_their_order() {
+        enqueue_new("'q', 'k1', 'low'");
+        enqueue_new("'q', NULL, 'keyless'");
+        enqueue_new("'q', 'k2', 'high', priority => 1");
+        enqueue_new("'q', 'k3', 'last'");
+        assert_eq!(claim("10"), "high,low,keyless,last");
+    }
 }

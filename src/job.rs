@@ -36,6 +36,7 @@ mod claim;
 mod dead;
 mod enqueue;
 mod queue;
+mod row;
 mod search;
 mod statistics;
 mod wait;

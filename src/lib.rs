@@ -15,6 +15,7 @@ mod job;
 mod jsonb;
 mod lease;
 mod lock;
+mod lookup;
 mod position;
 mod procedure;
 mod process;

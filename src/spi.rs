@@ -12,6 +12,7 @@ use pgrx::pg_sys;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
 };
+use std::collections::HashMap;
 use std::ffi::{CString, c_char};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -151,6 +152,17 @@ impl Rows<'_> {
         unsafe {
             let datum = pg_sys::SPI_getbinval(tuple, descriptor, column as i32, &mut is_null);
             T::from_polymorphic_datum(datum, is_null, pg_sys::InvalidOid)
+        }
+    }
+
+    /// A column that is a whole row, in memory that lives until the connection ends.
+    fn composite(&self, row: usize, column: usize) -> Option<pg_sys::HeapTupleHeader> {
+        let (tuple, descriptor) = self.tuple(row)?;
+        let mut is_null = false;
+        // SAFETY: the tuple and its descriptor belong to the connection; a composite datum is a varlena, detoasted a tuple's header.
+        unsafe {
+            let datum = pg_sys::SPI_getbinval(tuple, descriptor, column as i32, &mut is_null);
+            (!is_null).then(|| pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast())
         }
     }
 
@@ -363,7 +375,7 @@ unsafe impl BoxRet for Events {
         // SAFETY: fcinfo is that of a set-returning function; InitMaterializedSRF raises where the caller cannot take a set.
         unsafe {
             let raw = fcinfo.as_mut_ptr();
-            pg_sys::InitMaterializedSRF(raw, 0);
+            pg_sys::InitMaterializedSRF(raw, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
             let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
             let rows = self.rows();
             for row in 0..self.count {
@@ -404,14 +416,15 @@ impl IntoDatum for Raw {
 /// What a function that returns `SETOF lockstep.jobs` hands back: rows that statements have returned as they stand in the table,
 /// moved into a tuplestore without being taken apart.
 pub struct Jobs {
-    tuples: Vec<pg_sys::HeapTuple>,
+    /// With the id of each.
+    jobs: Vec<(i64, pg_sys::HeapTupleHeader)>,
     connection: Spi,
 }
 
 impl Jobs {
     pub fn none() -> Self {
         Jobs {
-            tuples: Vec::new(),
+            jobs: Vec::new(),
             connection: Spi::connect(),
         }
     }
@@ -421,19 +434,25 @@ impl Jobs {
     }
 
     pub fn count(&self) -> usize {
-        self.tuples.len()
+        self.jobs.len()
     }
 
-    /// Runs a statement that writes and returns whole rows of lockstep.jobs, and keeps those; their ids.
+    /// Puts them into the order of their ids in the list.
+    pub fn sort_by_ids(&mut self, ids: &[i64]) {
+        let place: HashMap<i64, usize> = ids.iter().copied().zip(0..).collect();
+        self.jobs.sort_by_key(|(id, _)| place.get(id).copied());
+    }
+
+    /// Runs a statement that writes and returns, of rows of lockstep.jobs, the id and the whole row, and keeps those; their ids. A
+    /// whole row is one column to the executor, and its columns many.
     pub fn write(&mut self, plan: &Plan, args: &[Arg]) -> Vec<i64> {
         let rows = self.connection.write_latest(plan, args);
-        let ids = (0..rows.count())
-            .filter_map(|row| rows.get(row, 1))
-            .collect();
         // They live until the connection ends.
-        let tuples = (0..rows.count()).filter_map(|row| rows.tuple(row).map(|(tuple, _)| tuple));
-        let tuples: Vec<pg_sys::HeapTuple> = tuples.collect();
-        self.tuples.extend(tuples);
+        let jobs: Vec<(i64, pg_sys::HeapTupleHeader)> = (0..rows.count())
+            .filter_map(|row| Some((rows.get(row, 1)?, rows.composite(row, 2)?)))
+            .collect();
+        let ids = jobs.iter().map(|(id, _)| *id).collect();
+        self.jobs.extend(jobs);
         ids
     }
 }
@@ -441,13 +460,18 @@ impl Jobs {
 // SAFETY: fills the tuplestore of a materialize-mode set-returning function and returns NULL, as InitMaterializedSRF asks.
 unsafe impl BoxRet for Jobs {
     unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
-        // SAFETY: fcinfo is that of a set-returning function; the tuples are of the row type and live until self is dropped.
+        // SAFETY: fcinfo is that of a set-returning function; the rows are of its type and live until self is dropped.
         unsafe {
             let raw = fcinfo.as_mut_ptr();
-            pg_sys::InitMaterializedSRF(raw, 0);
+            pg_sys::InitMaterializedSRF(raw, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
             let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
-            for tuple in &self.tuples {
-                pg_sys::tuplestore_puttuple((*result).setResult, *tuple);
+            for (_, job) in &self.jobs {
+                let mut tuple = pg_sys::HeapTupleData {
+                    t_len: pgrx::varsize(job.cast()) as u32,
+                    t_data: *job,
+                    ..Default::default()
+                };
+                pg_sys::tuplestore_puttuple((*result).setResult, &mut tuple);
             }
         }
         fcinfo.return_null()
@@ -527,7 +551,7 @@ unsafe impl<C: Columns> BoxRet for Table<C> {
         // SAFETY: fcinfo is that of a set-returning function; the rows have a value for each of its columns.
         unsafe {
             let raw = fcinfo.as_mut_ptr();
-            pg_sys::InitMaterializedSRF(raw, 0);
+            pg_sys::InitMaterializedSRF(raw, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
             let result = (*raw).resultinfo.cast::<pg_sys::ReturnSetInfo>();
             for row in self.rows {
                 let mut values: Vec<pg_sys::Datum> = row

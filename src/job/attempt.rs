@@ -69,7 +69,7 @@ pub fn fail(job_id: i64, token: i64, error: &str, retry_after: Option<Interval>)
         return End::Dead;
     }
     if merge(&spi, job_id, Some(error)).is_none() {
-        let settings = queue::settings(&spi, &queue, &tenant);
+        let settings = queue::settings(&queue, &tenant);
         let lane = queue::lane(&queue, &tenant);
         make_ready(&spi, lane, job_id, error, Delay::of(retry_after, &settings));
     }

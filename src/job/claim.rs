@@ -6,8 +6,10 @@ use std::collections::{HashMap, HashSet};
 
 use super::attempt;
 use super::queue::{self, Place, Places};
+use super::row;
 use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
 use crate::lock::{Mode, Tag};
+use crate::lookup::Lookup;
 use crate::process;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Jobs, Plan, Spi};
@@ -31,6 +33,8 @@ pub fn claim(request: &Request) -> Jobs {
     let mut claim = Claim {
         request,
         jobs: Jobs::none(),
+        locked: Vec::new(),
+        order: Vec::new(),
         keys: 0,
         places: 0,
     };
@@ -40,6 +44,7 @@ pub fn claim(request: &Request) -> Jobs {
         }
         None => claim.take_in_turns(),
     }
+    claim.jobs.sort_by_ids(&claim.order);
     if claim.jobs.count() > 0 {
         // A crash must not hand out their tokens again.
         snapshot::force_synchronous_commit();
@@ -50,6 +55,10 @@ pub fn claim(request: &Request) -> Jobs {
 struct Claim<'a> {
     request: &'a Request<'a>,
     jobs: Jobs,
+    /// Ready jobs that this transaction has locked and that one statement will claim together.
+    locked: Vec<i64>,
+    /// The ids of all, in the order in which they were taken.
+    order: Vec<i64>,
     /// How many keys were locked for the jobs.
     keys: usize,
     /// How many places were taken for them.
@@ -73,15 +82,13 @@ struct InTenant<'a> {
 }
 
 macro_rules! claim_rows {
-    ($rows:literal) => {
+    ($from:literal, $which:literal) => {
         concat!(
             "UPDATE lockstep.jobs AS j
              SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
                  token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
                  claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = 'epoch', lane = NULL
-             FROM (", $rows, ") AS c
-             WHERE j.job_id = c.job_id
-             RETURNING j.*"
+             ", $from, " WHERE ", $which, " RETURNING j.job_id, j"
         )
     };
 }
@@ -89,7 +96,7 @@ macro_rules! claim_rows {
 impl Claim<'_> {
     /// Claims up to `wanted` jobs of the tenant.
     fn take(&mut self, tenant: &str, wanted: usize) -> usize {
-        let settings = queue::settings(self.jobs.spi(), self.request.queue, tenant);
+        let settings = queue::settings(self.request.queue, tenant);
         if settings.paused {
             return 0;
         }
@@ -103,12 +110,13 @@ impl Claim<'_> {
             place: None,
             full: false,
         };
-        let before = self.jobs.count();
+        let before = self.order.len();
         self.search(&mut at, before + wanted);
+        self.claim_locked(None);
         if let Some(place) = at.place {
             place.release();
         }
-        let claimed = self.jobs.count() - before;
+        let claimed = self.order.len() - before;
         if claimed > 0 {
             queue::announce_if_rolled_back(self.request.queue, tenant);
         }
@@ -125,16 +133,17 @@ impl Claim<'_> {
     /// True: a place has come free, and jobs that were passed over for want of one are to be tried again.
     fn try_in_order(&mut self, at: &mut InTenant, until: usize) -> bool {
         let queue = self.request.queue;
-        let wanted = until - self.jobs.count();
+        let wanted = until - self.order.len();
         let mut depth = wanted + SPARE;
         let mut walk: Option<KeyWalk> = None;
         loop {
-            let mut found = search::search(self.jobs.spi(), queue, at.tenant, wanted, depth);
+            let jobs = Lookup::of(row::TABLE, At::Latest);
+            let mut found = search::search(&jobs, self.jobs.spi(), queue, at.tenant, wanted, depth);
             if walk.is_some() {
                 found.put_keys(Some(Vec::new()));
             }
             loop {
-                if self.jobs.count() >= until {
+                if self.order.len() >= until {
                     return false;
                 }
                 if at.full {
@@ -155,7 +164,7 @@ impl Claim<'_> {
                 }
                 let most = match at.limit {
                     Some(_) => 1,
-                    None => until - self.jobs.count(),
+                    None => until - self.order.len(),
                 };
                 let Some((candidate, run)) = found.next(most) else {
                     return false;
@@ -177,7 +186,7 @@ impl Claim<'_> {
     /// What has expired has its place in the queue already.
     fn take_expired(&mut self, at: &mut InTenant, found: &mut Found, until: usize) {
         for candidate in found.take_expired() {
-            if self.jobs.count() >= until {
+            if self.order.len() >= until {
                 return;
             }
             if at.tried.insert(candidate.job_id) {
@@ -191,7 +200,7 @@ impl Claim<'_> {
         let Some(key) = &candidate.key else {
             return match candidate.source {
                 Source::Expired => self.take_over(at, candidate),
-                _ => self.claim_one(at, candidate.job_id, None, None),
+                _ => self.claim_one(at, candidate.job_id),
             };
         };
         if at.busy.contains(key) {
@@ -218,15 +227,21 @@ impl Claim<'_> {
 
     /// With JOB_KEY held.
     fn take_of_key(&mut self, at: &mut InTenant, candidate: &Candidate, key: &str) -> bool {
-        let kind = Some(candidate.kind.as_str());
-        if !candidate.failed && self.claim_one(at, candidate.job_id, Some(key), kind) {
-            return true;
-        }
-        if at.full {
+        if self.place(at).is_none() {
             return false;
         }
-        let spi = self.jobs.spi();
-        if let Some(job_id) = in_progress(spi, self.request.queue, at.tenant, key) {
+        let (queue, spi) = (self.request.queue, self.jobs.spi());
+        let failed_twin = |jobs: &Lookup| match candidate.failed {
+            true => Some(candidate.job_id),
+            false => row::failed_twin(jobs, queue, at.tenant, key, &candidate.kind),
+        };
+        let jobs = Lookup::to_lock(row::TABLE);
+        let in_progress = row::in_progress(&jobs, queue, at.tenant, key);
+        if in_progress.is_none() && failed_twin(&jobs).is_none() {
+            return self.lock_one(at, &jobs, candidate.job_id);
+        }
+        drop(jobs);
+        if let Some(job_id) = in_progress {
             let Some(expired) = attempt::lock_expired(spi, job_id) else {
                 at.busy.insert(key.to_owned());
                 return false;
@@ -234,27 +249,23 @@ impl Claim<'_> {
             expired.settle(spi, at.lane);
             at.place_came_free();
         }
-        let failed = if candidate.failed {
-            Some(candidate.job_id)
-        } else {
-            failed_twin(spi, self.request.queue, at.tenant, key, &candidate.kind)
-        };
-        let merged = failed
-            .filter(|job_id| lock_ready(spi, *job_id))
+        // What has expired may have become a failed twin just now.
+        let merged = failed_twin(&Lookup::of(row::TABLE, At::Latest))
+            .filter(|job_id| row::lock(&Lookup::to_lock(row::TABLE), *job_id, row::is_ready))
             .and_then(|job_id| attempt::merge(spi, job_id, None));
-        self.claim_one(at, merged.unwrap_or(candidate.job_id), Some(key), None)
+        self.claim_one(at, merged.unwrap_or(candidate.job_id))
     }
 
     /// Takes an expired claim over: with JOB_KEY held, if it has a key.
     fn take_over(&mut self, at: &mut InTenant, candidate: &Candidate) -> bool {
         static TAKE_OVER: Plan = Plan::new(
-            "UPDATE lockstep.jobs
-             SET attempts = attempts + 1, attempts_left = attempts_left - 1, token = pg_catalog.nextval('lockstep.token'),
+            "UPDATE lockstep.jobs AS j
+             SET attempts = j.attempts + 1, attempts_left = j.attempts_left - 1, token = pg_catalog.nextval('lockstep.token'),
                  holder = $2, claimed_at = pg_catalog.clock_timestamp(),
-                 claimed_until = pg_catalog.clock_timestamp() + $3, previous_holder = holder, last_error = $4,
+                 claimed_until = pg_catalog.clock_timestamp() + $3, previous_holder = j.holder, last_error = $4,
                  last_failed_at = pg_catalog.clock_timestamp()
-             WHERE job_id = $1
-             RETURNING *",
+             WHERE j.job_id = $1
+             RETURNING j.job_id, j",
         );
         let spi = self.jobs.spi();
         let Some(expired) = attempt::lock_expired(spi, candidate.job_id) else {
@@ -269,7 +280,7 @@ impl Claim<'_> {
             && let Some(twin) = attempt::merge(spi, candidate.job_id, Some(&expired.error))
         {
             at.place_came_free();
-            return self.claim_one(at, twin, candidate.key.as_deref(), None);
+            return self.claim_one(at, twin);
         }
         let args = [
             Arg::from(candidate.job_id),
@@ -277,57 +288,58 @@ impl Claim<'_> {
             Arg::from(self.request.ttl),
             Arg::from(expired.error.as_str()),
         ];
-        !self.jobs.write(&TAKE_OVER, &args).is_empty()
+        let taken = self.jobs.write(&TAKE_OVER, &args);
+        self.order.extend(&taken);
+        !taken.is_empty()
     }
 
-    /// Claims a ready job, unless somebody has locked it, something of its key is in progress or, where the kind is given, a twin
-    /// has failed that is to be merged into it. Of a job with a key the caller holds JOB_KEY.
-    fn claim_one(
-        &mut self,
-        at: &mut InTenant,
-        job_id: i64,
-        key: Option<&str>,
-        kind: Option<&str>,
-    ) -> bool {
-        static CLAIM: Plan = Plan::new(claim_rows!(
-            "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.job_id = $4 AND COALESCE(r.token, 0) = 0
-                 AND r.delayed_until <= (SELECT pg_catalog.clock_timestamp())
-                 AND NOT EXISTS (SELECT FROM lockstep.jobs AS b
-                                 WHERE b.queue = $5 AND b.tenant = $6 AND b.key = $7 AND b.state = 'in_progress')
-                 AND NOT EXISTS (SELECT FROM lockstep.jobs AS t
-                                 WHERE t.queue = $5 AND t.tenant = $6 AND t.key = $7 AND t.kind = $8 AND t.state = 'ready'
-                                     AND t.retry_id > 0)
-             FOR UPDATE OF r SKIP LOCKED"
-        ));
+    /// As [`Self::lock_one`], with a snapshot taken now.
+    fn claim_one(&mut self, at: &mut InTenant, job_id: i64) -> bool {
+        self.lock_one(at, &Lookup::to_lock(row::TABLE), job_id)
+    }
+
+    /// Locks a ready job to be claimed, unless somebody has. Of one with a key the caller holds JOB_KEY, and has seen that nothing of
+    /// the key is in progress.
+    fn lock_one(&mut self, at: &mut InTenant, jobs: &Lookup, job_id: i64) -> bool {
         let Some(slot) = self.place(at) else {
             return false;
         };
+        if !row::lock(jobs, job_id, row::is_due) {
+            return false;
+        }
+        self.locked.push(job_id);
+        self.order.push(job_id);
+        if slot.is_some() {
+            self.claim_locked(slot);
+            self.use_place(at);
+        }
+        true
+    }
+
+    /// Claims the jobs that were locked, one statement for all.
+    fn claim_locked(&mut self, slot: Option<i32>) {
+        static CLAIM: Plan = Plan::new(claim_rows!("", "j.job_id = ANY ($4)"));
+        if self.locked.is_empty() {
+            return;
+        }
         let args = [
             Arg::from(self.request.holder),
             Arg::from(self.request.ttl),
             Arg::from(slot),
-            Arg::from(job_id),
-            Arg::from(self.request.queue),
-            Arg::from(at.tenant),
-            Arg::from(key),
-            Arg::from(kind),
+            Arg::from(std::mem::take(&mut self.locked)),
         ];
-        let claimed = !self.jobs.write(&CLAIM, &args).is_empty();
-        if claimed {
-            self.use_place(at);
-        }
-        claimed
+        self.jobs.write(&CLAIM, &args);
     }
 
     /// Claims up to `count` of the jobs without a key, in their order, none of less priority than `least`; how many. Fewer: others
     /// have locked the rest of them, or the queue is full.
     fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) -> usize {
         static CLAIM: Plan = Plan::new(claim_rows!(
-            "SELECT r.job_id FROM lockstep.jobs AS r
-             WHERE r.lane = $8 AND r.queue = $4 AND r.tenant = $5 AND r.priority >= $7
-             ORDER BY r.priority DESC, r.delayed_until, r.job_id LIMIT $6
-             FOR UPDATE OF r SKIP LOCKED"
+            "FROM (SELECT r.job_id FROM lockstep.jobs AS r
+                   WHERE r.lane = $8 AND r.queue = $4 AND r.tenant = $5 AND r.priority >= $7
+                   ORDER BY r.priority DESC, r.delayed_until, r.job_id LIMIT $6
+                   FOR UPDATE OF r SKIP LOCKED) AS c",
+            "j.job_id = c.job_id"
         ));
         let Some(slot) = self.place(at) else {
             return 0;
@@ -342,11 +354,12 @@ impl Claim<'_> {
             Arg::from(least),
             Arg::from(at.lane + 1),
         ];
-        let claimed = self.jobs.write(&CLAIM, &args).len();
-        if claimed > 0 {
+        let claimed = self.jobs.write(&CLAIM, &args);
+        self.order.extend(&claimed);
+        if !claimed.is_empty() {
             self.use_place(at);
         }
-        claimed
+        claimed.len()
     }
 
     /// None: the queue is full. Some(None): it has no limit.
@@ -375,7 +388,7 @@ impl Claim<'_> {
         let queue = self.request.queue;
         let mut at = last_tenant(self.jobs.spi(), queue);
         let (mut claimed_in_round, mut rounds) = (false, 0);
-        while self.jobs.count() < self.request.max_jobs {
+        while self.order.len() < self.request.max_jobs {
             let next = match &at {
                 Some(tenant) => queue::next_tenant(self.jobs.spi(), queue, tenant),
                 None => queue::first_tenant(self.jobs.spi(), queue),
@@ -390,7 +403,7 @@ impl Claim<'_> {
                 at = None;
                 continue;
             };
-            let left = self.request.max_jobs - self.jobs.count();
+            let left = self.request.max_jobs - self.order.len();
             claimed_in_round |= self.take(&tenant, 1 + left / 16) > 0;
             at = Some(tenant);
         }
@@ -404,38 +417,6 @@ impl InTenant<'_> {
         self.full = false;
         self.places = None;
     }
-}
-
-fn in_progress(spi: &Spi, queue: &str, tenant: &str, key: &str) -> Option<i64> {
-    static READ: Plan = Plan::new(
-        "SELECT job_id FROM lockstep.jobs
-         WHERE queue = $1 AND tenant = $2 AND key = $3 AND key IS NOT NULL AND state = 'in_progress'",
-    );
-    let args = [Arg::from(queue), Arg::from(tenant), Arg::from(key)];
-    spi.read(&READ, At::Latest, &args).get(0, 1)
-}
-
-/// A job of the key and kind that has failed and is ready.
-fn failed_twin(spi: &Spi, queue: &str, tenant: &str, key: &str, kind: &str) -> Option<i64> {
-    static READ: Plan = Plan::new(
-        "SELECT job_id FROM lockstep.jobs
-         WHERE queue = $1 AND tenant = $2 AND key = $3 AND key IS NOT NULL AND kind = $4 AND state = 'ready' AND retry_id > 0
-         ORDER BY retry_id LIMIT 1",
-    );
-    let args = [
-        Arg::from(queue),
-        Arg::from(tenant),
-        Arg::from(key),
-        Arg::from(kind),
-    ];
-    spi.read(&READ, At::Latest, &args).get(0, 1)
-}
-
-fn lock_ready(spi: &Spi, job_id: i64) -> bool {
-    static LOCK: Plan = Plan::new(
-        "SELECT FROM lockstep.jobs WHERE job_id = $1 AND COALESCE(token, 0) = 0 FOR UPDATE SKIP LOCKED",
-    );
-    spi.write_latest(&LOCK, &[Arg::from(job_id)]).count() > 0
 }
 
 thread_local! {

@@ -3,11 +3,17 @@
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 
 use super::queue;
+use super::row;
 use crate::error::Error;
 use crate::jsonb::Jsonb;
+use crate::lookup::Lookup;
+use crate::process;
 use crate::sequence;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
+
+/// `delayed_until` of what is ready at once, in PostgreSQL's microseconds: the time 'epoch'.
+const EPOCH: i64 = -946_684_800_000_000;
 
 pub struct NewJob<'a> {
     pub queue: &'a str,
@@ -33,85 +39,113 @@ pub fn replaces(on_twin: &str) -> Result<bool, Error> {
 
 /// The id of the job or of its twin, and whether it is a new one.
 pub fn enqueue(job: &NewJob) -> (i64, bool) {
-    let (job_id, enqueued) = match twin_that_failed(job) {
-        Some(twin) => (twin, false),
-        None => insert(job, sequence::JOB_ID.next(), None),
-    };
-    queue::announce(job.queue, job.tenant);
-    (job_id, enqueued)
+    enqueue_as(job, None)
 }
 
 /// A job that was there before: with its id and its age.
 pub fn enqueue_again(job: &NewJob, job_id: i64, created_at: TimestampWithTimeZone) {
-    if twin_that_failed(job).is_none() {
-        insert(job, job_id, Some(created_at));
-    }
-    queue::announce(job.queue, job.tenant);
+    enqueue_as(job, Some((job_id, created_at)));
 }
 
-/// What failed is in the index of twins under a name of its own, so the insertion would not meet it.
-fn twin_that_failed(job: &NewJob) -> Option<i64> {
-    static FIND: Plan = Plan::new(
-        "SELECT job_id FROM lockstep.jobs
-         WHERE queue = $1 AND tenant = $2 AND key = $3 AND kind = $4 AND state = 'ready' AND retry_id > 0
-         ORDER BY retry_id LIMIT 1",
-    );
-    // Waits for who claims it, and then finds it in progress: no twin any more.
+fn enqueue_as(job: &NewJob, before: Option<(i64, TimestampWithTimeZone)>) -> (i64, bool) {
+    let spi = Spi::connect();
+    let mut job_id = before.map(|(job_id, _)| job_id);
+    let answer = loop {
+        if let Some(twin) = twin(job).filter(|twin| update(&spi, job, *twin)) {
+            break (twin, false);
+        }
+        // Not there: unless another transaction has inserted it meanwhile.
+        let job_id = *job_id.get_or_insert_with(|| sequence::JOB_ID.next());
+        if insert(&spi, job, job_id, before.map(|(_, created_at)| created_at)) {
+            break (job_id, true);
+        }
+    };
+    queue::announce(job.queue, job.tenant);
+    answer
+}
+
+/// The job of the key and kind that is ready. One that has failed goes first: it is in the index of twins under a name of its own,
+/// and comes after one that has not.
+fn twin(job: &NewJob) -> Option<i64> {
+    let jobs = Lookup::of(row::TABLE, At::Latest);
+    let keys = row::twin_keys(job.queue, job.tenant, job.key?, job.kind);
+    let mut walk = jobs.walk(row::by_twin::INDEX, &keys);
+    let first = walk.step()?;
+    let (job_id, failed) = (first.get(row::JOB_ID), row::has_failed(&first));
+    match walk.step() {
+        Some(second) if !failed => second.get(row::JOB_ID),
+        _ => job_id,
+    }
+}
+
+/// Enqueues onto the twin. Waits for who claims it, and then finds it in progress: no twin any more, and false.
+fn update(spi: &Spi, job: &NewJob, twin: i64) -> bool {
     static KEEP: Plan = Plan::new(
         "UPDATE lockstep.jobs SET enqueued = enqueued + 1 WHERE job_id = $1 AND COALESCE(token, 0) = 0",
     );
     static REPLACE: Plan = Plan::new(
         "UPDATE lockstep.jobs AS j
-         SET enqueued = j.enqueued + 1, payload = $2, priority = $3, run_at = t.now + $4,
-             delayed_until = CASE WHEN $4 > '0' THEN t.now + $4 ELSE 'epoch' END, lane = $5 + CASE WHEN $4 > '0' THEN 2 ELSE 0 END
-         FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
+         SET enqueued = j.enqueued + 1, payload = $2, priority = $3, run_at = $4, delayed_until = $5, lane = $6
          WHERE j.job_id = $1 AND COALESCE(j.token, 0) = 0",
     );
-    let spi = Spi::connect();
-    let names = [
-        Arg::from(job.queue),
-        Arg::from(job.tenant),
-        Arg::from(job.key?),
-        Arg::from(job.kind),
-    ];
-    let twin: i64 = spi.read(&FIND, At::Latest, &names).get(0, 1)?;
-    let found = if job.replace {
+    let rows = if job.replace {
+        let times = Times::of(job);
         let args = [
             Arg::from(twin),
             Arg::from(job.payload),
             Arg::from(job.priority),
-            Arg::from(job.delay),
-            Arg::from(queue::lane(job.queue, job.tenant)),
+            Arg::from(times.run_at),
+            Arg::from(times.delayed_until),
+            Arg::from(times.lane),
         ];
-        spi.write_latest(&REPLACE, &args).count()
+        spi.write_latest(&REPLACE, &args)
     } else {
-        spi.write_latest(&KEEP, &[Arg::from(twin)]).count()
+        spi.write_latest(&KEEP, &[Arg::from(twin)])
     };
-    (found > 0).then_some(twin)
+    rows.count() > 0
 }
 
-macro_rules! insert {
-    ($on_twin:literal) => {
-        concat!(
-            "INSERT INTO lockstep.jobs AS j (job_id, queue, tenant, key, kind, payload, priority, state, attempts_left,
-                                             max_attempts, run_at, delayed_until, lane, created_at)
-             SELECT $1, $2, $3, $4, $5, $6, $7, 'ready', $8, $8, t.now + $9, CASE WHEN $9 > '0' THEN t.now + $9 ELSE 'epoch' END,
-                    $11 + CASE WHEN $4 IS NULL THEN 1 ELSE 0 END + CASE WHEN $9 > '0' THEN 2 ELSE 0 END, COALESCE($10, t.now)
-             FROM (SELECT pg_catalog.clock_timestamp() OFFSET 0) AS t (now)
-             ON CONFLICT (queue, tenant, key, kind, retry_id) WHERE state = 'ready' AND key IS NOT NULL
-             DO UPDATE SET enqueued = j.enqueued + 1",
-            $on_twin,
-            " RETURNING j.job_id"
-        )
-    };
+/// When a job may be claimed, and the lane in which it is found then.
+struct Times {
+    now: TimestampWithTimeZone,
+    run_at: TimestampWithTimeZone,
+    delayed_until: TimestampWithTimeZone,
+    lane: i64,
 }
 
-fn insert(job: &NewJob, job_id: i64, created_at: Option<TimestampWithTimeZone>) -> (i64, bool) {
-    static KEEP: Plan = Plan::new(insert!(""));
-    static REPLACE: Plan = Plan::new(insert!(
-        ", payload = EXCLUDED.payload, priority = EXCLUDED.priority, run_at = EXCLUDED.run_at,
-           delayed_until = EXCLUDED.delayed_until, lane = EXCLUDED.lane"
-    ));
+impl Times {
+    fn of(job: &NewJob) -> Self {
+        let time = |microseconds: i64| {
+            TimestampWithTimeZone::try_from(microseconds)
+                .unwrap_or_else(|_| TimestampWithTimeZone::positive_infinity())
+        };
+        let now = process::now();
+        // A span is microseconds alone, and no longer than a timestamp has room for.
+        let delay = job.delay.micros();
+        let run_at = time(now + delay);
+        let keyless = i64::from(job.key.is_none());
+        let (delayed_until, delayed) = match delay {
+            0 => (time(EPOCH), 0),
+            _ => (run_at, 2),
+        };
+        Times {
+            now: time(now),
+            run_at,
+            delayed_until,
+            lane: queue::lane(job.queue, job.tenant) + keyless + delayed,
+        }
+    }
+}
+
+/// False: a twin is there. Waits for who is inserting it.
+fn insert(spi: &Spi, job: &NewJob, job_id: i64, created_at: Option<TimestampWithTimeZone>) -> bool {
+    static INSERT: Plan = Plan::new(
+        "INSERT INTO lockstep.jobs (job_id, queue, tenant, key, kind, payload, priority, state, attempts_left,
+                                    max_attempts, run_at, delayed_until, lane, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, 'ready', $8, $8, $9, $10, $11, $12)
+         ON CONFLICT (queue, tenant, key, kind, retry_id) WHERE state = 'ready' AND key IS NOT NULL DO NOTHING",
+    );
+    let times = Times::of(job);
     let args = [
         Arg::from(job_id),
         Arg::from(job.queue),
@@ -121,14 +155,10 @@ fn insert(job: &NewJob, job_id: i64, created_at: Option<TimestampWithTimeZone>) 
         Arg::from(job.payload),
         Arg::from(job.priority),
         Arg::from(job.max_attempts),
-        Arg::from(job.delay),
-        Arg::from(created_at),
-        Arg::from(queue::lane(job.queue, job.tenant)),
+        Arg::from(times.run_at),
+        Arg::from(times.delayed_until),
+        Arg::from(times.lane),
+        Arg::from(created_at.unwrap_or(times.now)),
     ];
-    let plan = if job.replace { &REPLACE } else { &KEEP };
-    let is: i64 = Spi::connect()
-        .write_latest(plan, &args)
-        .get(0, 1)
-        .unwrap_or(job_id);
-    (is, is == job_id)
+    spi.write_latest(&INSERT, &args).count() > 0
 }

@@ -2,10 +2,12 @@
 
 use pgrx::datum::Interval;
 use std::collections::HashSet;
+use std::ffi::CStr;
 
 use crate::error::Error;
 use crate::guc;
 use crate::lock::{Mode, Tag};
+use crate::lookup::{Key, Lookup, Row};
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup::{self, Event};
@@ -55,15 +57,16 @@ pub fn limit(value: i32) -> Result<i32, Error> {
     Ok(value)
 }
 
-pub fn settings(spi: &Spi, queue: &str, tenant: &str) -> Settings {
-    static READ: Plan = Plan::new(
-        "SELECT paused, max_in_progress, backoff, max_backoff FROM lockstep.queues
-         WHERE queue = $1 AND every_tenant = true AND tenant = ''
-         UNION ALL
-         SELECT paused, max_in_progress, backoff, max_backoff FROM lockstep.queues
-         WHERE queue = $1 AND every_tenant = false AND tenant = $2",
-    );
-    let rows = spi.read(&READ, At::Latest, &[Arg::from(queue), Arg::from(tenant)]);
+pub fn settings(queue: &str, tenant: &str) -> Settings {
+    const INDEX: &CStr = c"queues_pkey";
+    // The columns of the table, the first three of which are the index's.
+    const QUEUE: i16 = 1;
+    const EVERY_TENANT: i16 = 2;
+    const TENANT: i16 = 3;
+    const PAUSED: i16 = 4;
+    const MAX_IN_PROGRESS: i16 = 5;
+    const BACKOFF: i16 = 6;
+    const MAX_BACKOFF: i16 = 7;
     let mut settings = Settings {
         paused: false,
         max_in_progress: None,
@@ -71,13 +74,27 @@ pub fn settings(spi: &Spi, queue: &str, tenant: &str) -> Settings {
         max_backoff: Interval::from_micros(300 * SECOND),
     };
     let mut max_in_progress = -1;
-    // The second row is what was said of the tenant itself.
-    for row in 0..rows.count() {
-        settings.paused = rows.get(row, 1).unwrap_or(settings.paused);
-        max_in_progress = rows.get(row, 2).unwrap_or(max_in_progress);
-        settings.backoff = rows.get(row, 3).unwrap_or(settings.backoff);
-        settings.max_backoff = rows.get(row, 4).unwrap_or(settings.max_backoff);
-    }
+    let keys = |every_tenant, tenant| {
+        [
+            Key::equal(QUEUE, queue),
+            Key::equal(EVERY_TENANT, every_tenant),
+            Key::equal(TENANT, tenant),
+        ]
+    };
+    let mut read = |row: Option<Row>| {
+        if let Some(row) = row {
+            settings.paused = row.get(PAUSED).unwrap_or(settings.paused);
+            max_in_progress = row.get(MAX_IN_PROGRESS).unwrap_or(max_in_progress);
+            settings.backoff = row.get(BACKOFF).unwrap_or(settings.backoff);
+            settings.max_backoff = row.get(MAX_BACKOFF).unwrap_or(settings.max_backoff);
+        }
+    };
+    let queues = Lookup::of(c"queues", At::Latest);
+    let mut walk = queues.walk(INDEX, &keys(true, ""));
+    read(walk.step());
+    // What was said of the tenant itself goes before what was said of all.
+    walk.seek(&keys(false, tenant));
+    read(walk.step());
     if max_in_progress < 0 {
         max_in_progress = guc::MAX_JOBS_IN_PROGRESS.get();
     }

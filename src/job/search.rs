@@ -7,10 +7,13 @@
 //! A key with a long backlog fills the stream of those with a key. Past [`KEYED`] of them, [`KeyWalk`] asks the index of keys
 //! for one key after the other, priority by priority, and the first job of each: busy or not, a key costs one look.
 
+use pgrx::datum::clock_timestamp;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 
 use super::queue;
+use super::row;
+use crate::lookup::{Key, Lookup, Row, Walk};
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Rows, Spi};
 
@@ -42,9 +45,22 @@ impl Candidate {
             job_id: rows.get(row, 1)?,
             key: rows.get(row, 2),
             priority: rows.get(row, 3)?,
+            // A timestamptz is its microseconds.
             run_at: rows.get(row, 4)?,
             failed: rows.get(row, 5)?,
             kind: rows.get(row, 7).unwrap_or_default(),
+        })
+    }
+
+    fn of(row: &Row, source: Source) -> Option<Self> {
+        Some(Candidate {
+            source,
+            job_id: row.get(row::JOB_ID)?,
+            key: row.get(row::KEY),
+            priority: row.get(row::PRIORITY)?,
+            run_at: row.get(row::RUN_AT)?,
+            failed: row::has_failed(row),
+            kind: row.get(row::KIND)?,
         })
     }
 
@@ -62,10 +78,8 @@ impl Candidate {
 }
 
 /// The streams, of which the best head goes first.
-pub struct Found {
-    streams: Vec<VecDeque<Candidate>>,
-    /// Of which streams there is more than was read.
-    cut: [bool; STREAMS],
+pub struct Found<'jobs> {
+    streams: [Stream<'jobs>; STREAMS],
     /// The streams of jobs with a key are as long as they get.
     keyed_is_longest: bool,
 }
@@ -83,13 +97,92 @@ pub enum Missing {
     Keys,
 }
 
-impl Found {
+/// What was read of a stream and, where it goes on, the walk that gives the rest when it is asked for.
+#[derive(Default)]
+struct Stream<'jobs> {
+    read: VecDeque<Candidate>,
+    walk: Option<Lane<'jobs>>,
+    /// There is more than may be read.
+    cut: bool,
+}
+
+/// The walk along a lane of the jobs that are ready at once.
+struct Lane<'jobs> {
+    walk: Walk<'jobs>,
+    queue: &'jobs str,
+    tenant: &'jobs str,
+    source: Source,
+    /// The priority that is too high to be wanted.
+    below: Option<i32>,
+    /// How many more may be read.
+    left: usize,
+}
+
+impl<'jobs> Stream<'jobs> {
+    fn walking(lane: Lane<'jobs>) -> Self {
+        Stream {
+            walk: Some(lane),
+            ..Stream::default()
+        }
+    }
+
+    /// Of a search that was limited to so many.
+    fn limited(read: VecDeque<Candidate>, limit: usize) -> Self {
+        Stream {
+            cut: read.len() == limit,
+            read,
+            walk: None,
+        }
+    }
+
+    /// Reads the next candidate of a walk, if there is none.
+    fn fill(&mut self) {
+        if self.read.is_empty()
+            && let Some(lane) = &mut self.walk
+        {
+            self.cut = lane.left == 0;
+            match lane.next() {
+                Some(candidate) => self.read.push_back(candidate),
+                None => self.walk = None,
+            }
+        }
+    }
+
+    fn is_dry(&self) -> bool {
+        self.cut && self.read.is_empty()
+    }
+}
+
+impl Lane<'_> {
+    fn next(&mut self) -> Option<Candidate> {
+        self.left = self.left.checked_sub(1)?;
+        loop {
+            let row = self.walk.step()?;
+            let is_wanted = self
+                .below
+                .is_none_or(|below| row.get(row::PRIORITY).is_some_and(|is: i32| is < below));
+            if is_wanted && is_of(&row, self.queue, self.tenant) {
+                return Candidate::of(&row, self.source);
+            }
+        }
+    }
+}
+
+/// Another queue's lane may have the same number.
+fn is_of(row: &Row, queue: &str, tenant: &str) -> bool {
+    row.has(row::QUEUE, queue) && row.has(row::TENANT, tenant)
+}
+
+impl Found<'_> {
     /// A stream that was cut and has run dry may have gone on with a job that is before all others.
-    pub fn missing(&self) -> Missing {
-        let is_dry = |stream: usize| self.cut[stream] && self.streams[stream].is_empty();
-        if is_dry(1) || is_dry(3) || is_dry(4) {
+    pub fn missing(&mut self) -> Missing {
+        self.streams.iter_mut().for_each(Stream::fill);
+        let is_dry = |stream: usize| self.streams[stream].is_dry();
+        if is_dry(3) || is_dry(4) {
             Missing::Depth
-        } else if !is_dry(0) && !is_dry(2) {
+        } else if is_dry(0) {
+            Missing::Keys
+        } else if !is_dry(2) {
             Missing::Nothing
         } else if self.keyed_is_longest {
             Missing::Keys
@@ -100,34 +193,39 @@ impl Found {
 
     /// Puts a page of a walk from key to key in the place of the jobs with a key; None: it is over.
     pub fn put_keys(&mut self, page: Option<Vec<Candidate>>) {
-        self.cut[0] = page.is_some();
-        self.cut[2] = false;
         self.keyed_is_longest = true;
-        self.streams[0] = page.unwrap_or_default().into();
-        self.streams[2].clear();
+        self.streams[0] = Stream {
+            cut: page.is_some(),
+            read: page.unwrap_or_default().into(),
+            walk: None,
+        };
+        self.streams[2] = Stream::default();
     }
 
     /// None of those with a key is wanted.
     pub fn drop_keyed(&mut self) {
         for stream in [0, 2] {
-            self.streams[stream].clear();
-            self.cut[stream] = false;
+            self.streams[stream] = Stream::default();
         }
     }
 
     /// None of those without a key that were ready at once is wanted, down to that priority.
     pub fn drop_keyless(&mut self, least: i32) {
-        self.streams[1].retain(|candidate| candidate.priority < least);
+        let stream = &mut self.streams[1];
+        stream.read.retain(|candidate| candidate.priority < least);
+        if let Some(lane) = &mut stream.walk {
+            lane.below = Some(least);
+        }
     }
 
     pub fn take_expired(&mut self) -> VecDeque<Candidate> {
-        std::mem::take(&mut self.streams[4])
+        std::mem::take(&mut self.streams[4].read)
     }
 
     fn best(&self) -> Option<usize> {
         let mut best: Option<(usize, &Candidate)> = None;
         for (index, stream) in self.streams.iter().enumerate() {
-            if let Some(head) = stream.front()
+            if let Some(head) = stream.read.front()
                 && best.is_none_or(|(_, other)| head.goes_before(other))
             {
                 best = Some((index, head));
@@ -140,16 +238,19 @@ impl Found {
     /// most `most`.
     pub fn next(&mut self, most: usize) -> Option<(Candidate, usize)> {
         let best = self.best()?;
-        let first = self.streams[best].pop_front()?;
+        let first = self.streams[best].read.pop_front()?;
         let mut run = 1;
         if first.source == Source::Keyless {
+            self.streams[best].fill();
             while run < most
                 && let Some(index) = self.best()
                 && self.streams[index]
+                    .read
                     .front()
                     .is_some_and(|head| head.source == Source::Keyless)
             {
-                self.streams[index].pop_front();
+                self.streams[index].read.pop_front();
+                self.streams[index].fill();
                 run += 1;
             }
         }
@@ -158,91 +259,85 @@ impl Found {
 
     /// The priority that the next candidate has.
     pub fn next_priority(&self) -> Option<i32> {
-        let head = self.streams[self.best()?].front()?;
+        let head = self.streams[self.best()?].read.front()?;
         Some(head.priority)
     }
 }
 
 /// How many with a key are read, besides those wanted, before the search goes from key to key.
 pub const KEYED: usize = 64;
-/// Up to `depth` of each stream, of those with a key not many more than `wanted`.
-pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize) -> Found {
-    // The last only tells whether anything is due.
-    static SEARCH: Plan = Plan::new(
-        "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0, j.kind
-          FROM lockstep.jobs AS j
-          WHERE j.lane = $6 AND j.queue = $1 AND j.tenant = $2
-          ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $3)
-         UNION ALL
-         (SELECT j.job_id, NULL, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 1, NULL
-          FROM lockstep.jobs AS j
-          WHERE j.lane = $6 + 1 AND j.queue = $1 AND j.tenant = $2
-          ORDER BY j.priority DESC, j.delayed_until, j.job_id LIMIT $4)
-         UNION ALL
-         (SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, false, 4, j.kind
-          FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
-          ORDER BY j.claimed_until LIMIT $5)
-         UNION ALL
-         (SELECT 0, NULL, 0, 0, false, 2, NULL
-          FROM lockstep.jobs AS j
-          WHERE j.queue = $1 AND j.tenant = $2 AND j.delayed_until > 'epoch'
-              AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
-          LIMIT 1)",
-    );
+
+/// What there is to claim. Of what a time has come for up to `depth`, of those with a key not many more than `wanted`.
+pub fn search<'jobs>(
+    jobs: &'jobs Lookup,
+    spi: &Spi,
+    queue: &'jobs str,
+    tenant: &'jobs str,
+    wanted: usize,
+    depth: usize,
+) -> Found<'jobs> {
     let most_keyed = wanted + KEYED;
     let keyed = depth.min(most_keyed);
-    let lane = queue::lane(queue, tenant);
-    let expired = depth.max(1000);
-    let args = [
-        Arg::from(queue),
-        Arg::from(tenant),
-        Arg::from(keyed as i64),
-        Arg::from(depth as i64),
-        Arg::from(expired as i64),
-        Arg::from(lane),
+    let number = queue::lane(queue, tenant);
+    let lane = |number, source, left| {
+        Stream::walking(Lane {
+            walk: jobs.walk(
+                row::by_order::INDEX,
+                &[Key::equal(row::by_order::LANE, number)],
+            ),
+            queue,
+            tenant,
+            source,
+            below: None,
+            left,
+        })
+    };
+    let mut streams: [Stream; STREAMS] = Default::default();
+    streams[0] = lane(number, Source::Keyed, most_keyed);
+    streams[4] = expired(jobs, queue, tenant, depth.max(1000));
+    streams[1] = lane(number + 1, Source::Keyless, usize::MAX);
+    // The lanes of what was delayed are only looked at where something is due.
+    let keys = [
+        Key::equal(row::by_delayed_until::QUEUE, queue),
+        Key::equal(row::by_delayed_until::TENANT, tenant),
+        Key::at_most(row::by_delayed_until::DELAYED_UNTIL, clock_timestamp()),
     ];
-    let rows = spi.read(&SEARCH, At::Latest, &args);
-    let mut streams = vec![VecDeque::new(); STREAMS];
-    let mut some_are_due = false;
-    for row in 0..rows.count() {
-        let stream: i32 = rows.get(row, 6).unwrap_or_default();
-        let source = match stream {
-            0 => Source::Keyed,
-            1 => Source::Keyless,
-            4 => Source::Expired,
-            _ => {
-                some_are_due = true;
-                continue;
-            }
-        };
-        if let Some(candidate) = Candidate::read(&rows, row, source) {
-            streams[stream as usize].push_back(candidate);
-        }
+    if jobs
+        .walk(row::by_delayed_until::INDEX, &keys)
+        .step()
+        .is_some()
+    {
+        streams[2] = Stream::limited(due(spi, queue, tenant, number + 2, keyed), keyed);
+        streams[3] = Stream::limited(due(spi, queue, tenant, number + 3, depth), depth);
     }
-    if some_are_due {
-        streams[2] = due(spi, queue, tenant, lane + 2, keyed);
-        streams[3] = due(spi, queue, tenant, lane + 3, depth);
+    Found {
+        streams,
+        keyed_is_longest: keyed == most_keyed,
     }
-    streams[4].make_contiguous().sort_by_key(|candidate| {
+}
+
+/// The claims that have expired, as they would be claimed were they ready.
+fn expired<'jobs>(jobs: &Lookup, queue: &str, tenant: &str, most: usize) -> Stream<'jobs> {
+    let keys = [
+        Key::equal(row::by_claimed_until::QUEUE, queue),
+        Key::equal(row::by_claimed_until::TENANT, tenant),
+        Key::at_most(row::by_claimed_until::CLAIMED_UNTIL, clock_timestamp()),
+    ];
+    let mut walk = jobs.walk(row::by_claimed_until::INDEX, &keys);
+    let mut found = Vec::new();
+    while found.len() < most
+        && let Some(row) = walk.step()
+    {
+        found.extend(Candidate::of(&row, Source::Expired));
+    }
+    found.sort_by_key(|candidate| {
         (
             std::cmp::Reverse(candidate.priority),
             candidate.run_at,
             candidate.job_id,
         )
     });
-    let is_full = |stream: usize, limit| streams[stream].len() == limit;
-    Found {
-        cut: [
-            is_full(0, keyed),
-            is_full(1, depth),
-            is_full(2, keyed),
-            is_full(3, depth),
-            is_full(4, expired),
-        ],
-        keyed_is_longest: keyed == most_keyed,
-        streams,
-    }
+    Stream::limited(found.into(), most)
 }
 
 /// The jobs of a lane of which a time has come: those of each priority in the order in which they became due.
@@ -261,7 +356,7 @@ fn due(spi: &Spi, queue: &str, tenant: &str, lane: i64, depth: usize) -> VecDequ
          SELECT d.*
          FROM p
          CROSS JOIN LATERAL (
-             SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 2, j.kind
+             SELECT j.job_id, j.key, j.priority, j.run_at, j.retry_id > 0, 2, j.kind
              FROM lockstep.jobs AS j
              WHERE j.lane = $3 AND j.queue = $1 AND j.tenant = $2 AND j.priority = p.priority
                  AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
@@ -370,7 +465,7 @@ impl<'a> KeyWalk<'a> {
              SELECT f.job_id, k.key, f.priority, f.run_at, f.failed, 0, f.kind, k.priority, k.wrapped
              FROM k
              LEFT JOIN LATERAL (
-                 SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at,
+                 SELECT j.job_id, j.priority, j.run_at,
                         j.retry_id > 0 AS failed, j.kind
                  FROM lockstep.jobs AS j
                  WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = k.priority

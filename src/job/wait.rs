@@ -36,7 +36,7 @@ fn look(queue: &str, tenant: Option<&str>) -> (Look, bool) {
         return (Look::There, false);
     }
     let spi = jobs.spi();
-    if tenant.is_some_and(|tenant| queue::settings(spi, queue, tenant).paused) {
+    if tenant.is_some_and(|tenant| queue::settings(queue, tenant).paused) {
         return (Look::NotYet(Some(wakeup::poll_interval())), true);
     }
     let time = search::next_time(spi, queue, tenant);

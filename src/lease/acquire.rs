@@ -74,7 +74,7 @@ pub fn acquire(request: &Request) -> Result<Answer, Error> {
     let spi = Spi::connect();
     loop {
         // Without a lock: who is refused must not hold up the holder's renewals until its own transaction ends.
-        let seen = state::read(&spi, request.name);
+        let seen = state::read(request.name);
         let attempt = match &seen {
             Some(lease) if lease.live && lease.holder.as_deref() == Some(request.holder) => {
                 renew_own(&spi, request, lease.token)
@@ -138,7 +138,7 @@ fn take_over(spi: &Spi, request: &Request) -> Result<Attempt, Error> {
         .write_latest(&LOCK_OPEN, &[Arg::from(request.name)])
         .get(0, 1);
     if previous.is_none()
-        && let Some(lease) = state::read(spi, request.name)
+        && let Some(lease) = state::read(request.name)
     {
         tag.release(Mode::Exclusive);
         return Ok(if lease.open {

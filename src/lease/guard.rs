@@ -14,12 +14,11 @@ use crate::error::{Error, OrRaise};
 use crate::lock::{Mode, Tag};
 use crate::rights;
 use crate::snapshot;
-use crate::spi::Spi;
 
 /// The lock first, then the row: read before it, the row could show a lease that is taken over until the lock is there.
 pub fn guard(name: &str, token: i64) -> Result<(), Error> {
     Tag::lease(name).acquire(Mode::Shared);
-    let lease = state::read(&Spi::connect(), name);
+    let lease = state::read(name);
     if lease
         .as_ref()
         .is_some_and(|lease| lease.is_held_with(token))

@@ -3,9 +3,10 @@
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
-use super::state;
+use super::state::{self, Lease};
 use crate::error::Error;
 use crate::lock::{Mode, Tag};
+use crate::lookup::{Lookup, Strength};
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup::{self, Event};
 
@@ -29,31 +30,23 @@ pub enum Wait {
 }
 
 /// Locks the row of a lease that is held with this token, and returns the time then; None if it is not held so. The caller has
-/// LEASE as a renewal. It is given back here if no row was locked; after a wait for the row a lock of it may be left even if the
-/// lease was lost meanwhile, so LEASE is kept: who has the row always has LEASE. What was seen to be expired is not locked: it
-/// would stay so, and closed to all, until the transaction ends.
+/// LEASE as a renewal. It is given back here if no row was locked; where one was, but the lease had been lost meanwhile, LEASE is
+/// kept: who has the row always has LEASE. What was seen to be expired is not locked: it would stay so, and closed to all, until the
+/// transaction ends.
 pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<TimestampWithTimeZone> {
-    macro_rules! lock {
-        ($skip:literal) => {
-            Plan::new(concat!(
-                "SELECT l.expires_at FROM lockstep.leases AS l
-                 WHERE l.name = $1 AND l.token = $2 AND l.holder IS NOT NULL
-                   AND l.expires_at > pg_catalog.clock_timestamp()
-                 FOR NO KEY UPDATE",
-                $skip
-            ))
-        };
-    }
-    static LOCK: Plan = lock!("");
-    static LOCK_IF_FREE: Plan = lock!(" SKIP LOCKED");
-    let lock = |plan| -> Option<TimestampWithTimeZone> {
-        let args = [Arg::from(name), Arg::from(token)];
-        spi.write_latest(plan, &args).get(0, 1)
-    };
-    let is_held = || state::read(spi, name).is_some_and(|lease| lease.is_held_with(token));
-    let expires_at = match lock(&LOCK_IF_FREE) {
-        Some(expires_at) => expires_at,
-        None if wait == Wait::ForRow && is_held() => lock(&LOCK)?,
+    static LOCK: Plan = Plan::new(
+        "SELECT l.expires_at FROM lockstep.leases AS l
+         WHERE l.name = $1 AND l.token = $2 AND l.holder IS NOT NULL
+           AND l.expires_at > pg_catalog.clock_timestamp()
+         FOR NO KEY UPDATE",
+    );
+    let held = |lease: Lease| lease.is_held_with(token).then_some(lease.expires_at);
+    let expires_at = match lock_if_free(name, token) {
+        Some(lease) => held(lease)?,
+        None if wait == Wait::ForRow && state::read(name).and_then(held).is_some() => {
+            let args = [Arg::from(name), Arg::from(token)];
+            spi.write_latest(&LOCK, &args).get(0, 1)?
+        }
         None => {
             Tag::lease(name).release(Mode::RowShare);
             return None;
@@ -61,6 +54,16 @@ pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<Timest
     };
     let now = clock_timestamp();
     (expires_at > now).then_some(now)
+}
+
+/// Locks the row, if it is held with this token and nobody has locked it; the lease as it is then.
+fn lock_if_free(name: &str, token: i64) -> Option<Lease> {
+    let leases = Lookup::to_lock(c"leases");
+    let mut walk = state::walk(&leases, name);
+    if !Lease::of(&walk.step()?)?.is_held_with(token) {
+        return None;
+    }
+    Lease::of(&walk.lock(Strength::NoKeyUpdate)?)
 }
 
 /// `ttl` None: the one that it has.
@@ -84,7 +87,7 @@ pub fn renew(name: &str, token: i64, ttl: Option<Interval>) -> Result<Renewal, E
                 });
             }
         }
-        return Ok(match state::read(&spi, name) {
+        return Ok(match state::read(name) {
             None => Renewal::Unknown,
             // Renewed by another session just before it expired.
             Some(lease) if lease.is_held_with(token) => continue,

@@ -1,9 +1,10 @@
 //! What a lease's row says now.
 
+use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
+use crate::lookup::{Key, Lookup, Row, Walk};
 use crate::snapshot::At;
-use crate::spi::{Arg, Plan, Spi};
 
 /// When a lease that nobody holds opens, of a row `l`; null if it is not closed at all. `lock_delay` counts from an expiry and
 /// not after a release; `min_hold` outlives both.
@@ -26,31 +27,46 @@ pub struct Lease {
     pub open: bool,
 }
 
+/// Where the columns of `lockstep.leases` are, for what looks it up without SQL.
+mod column {
+    pub const HOLDER: i16 = 2;
+    pub const TOKEN: i16 = 3;
+    pub const EXPIRES_AT: i16 = 6;
+    pub const MIN_HOLD_UNTIL: i16 = 10;
+    pub const LOCK_DELAY: i16 = 11;
+}
+
+/// The walk that finds it by its name.
+pub fn walk<'leases>(leases: &'leases Lookup, name: &str) -> Walk<'leases> {
+    leases.walk(c"leases_pkey", &[Key::equal(1, name)])
+}
+
 /// Reads it with a snapshot taken now, without a lock: what it says of time is judged by the clock as it is now.
-pub fn read(spi: &Spi, name: &str) -> Option<Lease> {
-    static READ: Plan = Plan::new(concat!(
-        "SELECT l.holder, l.token, l.expires_at,
-                l.holder IS NOT NULL AND l.expires_at > pg_catalog.clock_timestamp(),
-                ",
-        opens_at!(),
-        ",
-                COALESCE(",
-        opens_at!(),
-        " <= pg_catalog.clock_timestamp(), true)
-         FROM lockstep.leases AS l WHERE l.name = $1"
-    ));
-    let rows = spi.read(&READ, At::Latest, &[Arg::from(name)]);
-    Some(Lease {
-        holder: rows.get(0, 1),
-        token: rows.get(0, 2)?,
-        expires_at: rows.get(0, 3)?,
-        live: rows.get(0, 4)?,
-        opens_at: rows.get(0, 5),
-        open: rows.get(0, 6)?,
-    })
+pub fn read(name: &str) -> Option<Lease> {
+    let leases = Lookup::of(c"leases", At::Latest);
+    Lease::of(&walk(&leases, name).step()?)
 }
 
 impl Lease {
+    pub fn of(row: &Row) -> Option<Self> {
+        let holder: Option<String> = row.get(column::HOLDER);
+        let expires_at: TimestampWithTimeZone = row.get(column::EXPIRES_AT)?;
+        let lock_delay: Interval = row.get(column::LOCK_DELAY)?;
+        let min_hold_until: Option<TimestampWithTimeZone> = row.get(column::MIN_HOLD_UNTIL);
+        let now = clock_timestamp();
+        // As opens_at!() says it.
+        let after_expiry = holder.is_some().then(|| expires_at + lock_delay);
+        let opens_at = min_hold_until.max(after_expiry);
+        Some(Lease {
+            live: holder.is_some() && expires_at > now,
+            open: opens_at.is_none_or(|opens_at| opens_at <= now),
+            token: row.get(column::TOKEN)?,
+            holder,
+            expires_at,
+            opens_at,
+        })
+    }
+
     pub fn is_held_with(&self, token: i64) -> bool {
         self.live && self.token == token
     }
