@@ -3,6 +3,9 @@
 use pgrx::pg_sys;
 use std::ffi::CStr;
 
+use crate::error::OrRaise;
+use crate::schema;
+
 /// Whether this database has the extension, which then stays until the transaction ends. DROP EXTENSION takes this lock before
 /// those of the tables: who took theirs without it would deadlock with the drop.
 pub fn has_extension() -> bool {
@@ -20,8 +23,10 @@ pub fn has_extension() -> bool {
     extension() == found
 }
 
-/// A table or sequence of the extension. Raises if its schema is gone.
+/// A table or sequence of the extension. Raises if its schema is gone, and 55000 where the SQL objects are not those of this
+/// library.
 pub fn relation(name: &CStr) -> pg_sys::Oid {
+    schema::check().or_raise();
     // SAFETY: two look-ups in the system caches.
     unsafe {
         let schema = pg_sys::get_namespace_oid(c"lockstep".as_ptr(), false);

@@ -12,12 +12,9 @@ use std::ffi::CStr;
 use std::marker::PhantomData;
 
 use crate::catalog;
-use crate::error::OrRaise;
-use crate::schema;
 use crate::snapshot::At;
 
-/// A table and a snapshot, for any number of walks. Closed before the SPI connection that it was opened in. Raises 55000 as
-/// [`crate::spi::Spi::connect`].
+/// A table and a snapshot, for any number of walks. Closed before the SPI connection that it was opened in.
 pub struct Lookup {
     table: pg_sys::Relation,
     snapshot: pg_sys::Snapshot,
@@ -104,7 +101,6 @@ impl Lookup {
     }
 
     fn open(table: &CStr, at: At, lock: u32) -> Self {
-        schema::check().or_raise();
         // SAFETY: a table of the extension; both are given back in drop, on an error by the resource owner.
         unsafe {
             Lookup {

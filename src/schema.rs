@@ -4,8 +4,8 @@
 //! UPDATE there. Between the two steps of an upgrade a session has a library and objects that were not made for each other.
 //!
 //! Invariant: no statement of this library runs on objects whose version it does not know ([`WORKS_WITH`]); it is refused with
-//! 55000 and what to do. [`crate::spi::Spi::connect`] asks, and [`crate::lookup::Lookup`]: everything that reads or writes a table
-//! does one of them.
+//! 55000 and what to do. [`crate::spi::Spi::connect`] and [`crate::catalog::relation`] ask, one of which everything does that reads,
+//! writes or locks a table.
 //!
 //! The objects' version is the number in the body of `lockstep.schema_version()`. It is looked up in the system caches without
 //! being run, and then taken as known until PostgreSQL says that this function has changed: an upgrade that another session

@@ -161,6 +161,7 @@ CALLS = {
     "resource_create": "'new'",
     "resource_delete": "'r'",
     "resource_purge": "'1 day'",
+    "schema_version": "",
     "ticket_resync": "",
     "workers": "",
     "workers_are_on": "",

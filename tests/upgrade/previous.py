@@ -108,6 +108,9 @@ def never_released(script):
         "PRIMARY KEY (queue, tenant, part)\n) WITH (fillfactor = 50)", "PRIMARY KEY (queue, tenant, part)\n)",
         "ALTER TABLE lockstep.queue_statistics SET (fillfactor = 50);",
     )  # fmt: skip
+    # What is new is not for whom the default privileges would have it.
+    revocations = re.search(r"^DO \$\$\nDECLARE\n    revocation text;.*?^\$\$;$", older.script, re.M | re.S)
+    older.upgrade.append(revocations[0])
     return older.script, older.upgrade
 
 
