@@ -1,11 +1,12 @@
 # The verbs; what they do is in tools/. PG_CONFIG=/path/to/pg_config names a server of yours in place of the embedded one.
 export PG_CONFIG
+MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check install package matrix bench stop clean
+.PHONY: help setup demo test test-all check install package matrix bench bench-quick stop clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo "PG_CONFIG=/path/to/pg_config chooses a server; without it they use an embedded PostgreSQL 18."
 
 setup: ## Install what is missing (the other verbs do so too)
@@ -32,8 +33,11 @@ package: setup ## Make an archive of the files to install
 matrix: ## Run every test on each supported PostgreSQL version
 	@tools/matrix
 
-bench: setup ## Measure the speed against plain tables
-	@tools/bench
+bench: setup ## Measure lockstep and its peers side by side (MINUTES=120 is the time that it may take)
+	@tools/bench --minutes $(MINUTES)
+
+bench-quick: setup ## The same for a few cells, in 3 minutes
+	@tools/bench --quick
 
 stop: ## Stop and delete the demonstration's server
 	@tools/server remove

@@ -14,6 +14,10 @@ import psycopg
 BINDIR = Path(os.environ.get("LOCKSTEP_BINDIR", "/usr/bin"))
 
 
+TABLES = """SELECT string_agg(oid::regclass::text, ', ') FROM pg_class
+WHERE relkind IN ('r', 'p') AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) AND NOT relispartition"""
+
+
 @dataclass(frozen=True)
 class Server:
     name: str
@@ -51,7 +55,8 @@ class Server:
 
     def settle(self, database):
         """VACUUM and CHECKPOINT, so that neither falls into what is measured next."""
-        self.execute(database, "VACUUM (ANALYZE)", "CHECKPOINT")
+        tables = self.value(database, TABLES)
+        self.execute(database, *([f"VACUUM (ANALYZE) {tables}"] if tables else []), "CHECKPOINT")
 
 
 def available():

@@ -34,15 +34,21 @@ def rewind(bench, log, consumers):
     log.server.settle(log.database)
 
 
-def passed(log, rate, consumers, expected):
-    """The oracle for a part of the log: each consumer was passed its first events, each once."""
-    (lost, doubled), = log.sql(
-        f"""WITH log AS MATERIALIZED (SELECT position FROM ({log.peer.committed}) AS c (position) ORDER BY position LIMIT {expected}),
-        passed AS (SELECT consumer, position, count(*) AS times FROM bench.applied GROUP BY 1, 2)
-        SELECT count(*) FILTER (WHERE times IS NULL), coalesce(sum(times - 1), 0)::bigint
+def passed(log, seconds, consumers):
+    """Events a second, of all consumers together. The oracle, for the part of the log that was read: as many events as the consumer that was
+    passed the fewest has are to be the log's first ones, and each consumer was passed each of them once."""
+    lost, doubled, count = log.sql(
+        f"""WITH passed AS MATERIALIZED (SELECT consumer, position, count(*) AS times FROM bench.applied GROUP BY 1, 2),
+        log AS MATERIALIZED (
+            SELECT position FROM ({log.peer.committed}) AS c (position) ORDER BY position
+            LIMIT (SELECT min(n) FROM (SELECT count(*) AS n FROM passed GROUP BY consumer) AS counted)
+        )
+        SELECT count(*) FILTER (WHERE times IS NULL), coalesce(sum(times - 1), 0)::bigint, (SELECT sum(times) FROM passed)::bigint
         FROM generate_series(1, {consumers}) AS c (consumer) CROSS JOIN log LEFT JOIN passed USING (consumer, position)"""
-    )  # fmt: skip
-    return Measurement(rate, lost, doubled)
+    )[0]
+    if not count:
+        raise RuntimeError(f"{log} was passed nothing")
+    return Measurement(count / seconds, lost, doubled, 0, {"events": count})
 
 
 def by_sql(bench, log, consumers, each):
@@ -53,14 +59,14 @@ def by_sql(bench, log, consumers, each):
     script = lockstep.RUN if log in (LOCKSTEP, OLD_LOCKSTEP) else log.turn
     script = script(BATCH, each) if callable(script) else script.format(batch=BATCH, each=str(each).lower())
     loaded = Pgbench(log.server, log.database, script, consumers, turns=turns + spare, options=log.peer.options).finish()
-    return passed(log, consumers * turns * BATCH / loaded.seconds, consumers, turns * BATCH)
+    return passed(log, loaded.seconds, consumers)
 
 
 def by_client(bench, log, consumers):
     rewind(bench, log, consumers)
     events = bench.catch_up // 10 // consumers // BATCH * BATCH or BATCH
     loaded = log.driver("catchup", consumers, BATCH, events).finish()
-    return passed(log, loaded.rate, consumers, events)
+    return passed(log, loaded.seconds, consumers)
 
 
 def cells(bench):

@@ -1,0 +1,291 @@
+"""What the benchmarks say is what was measured: the statistics, the order, the oracle, the table and the charts. No peer is fetched for it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benches"))
+
+import charts
+import logs
+import report
+import schedule
+from cells import Bench, all_cells
+from measure import Attempt, Goal, Measurement, as_json, from_json, percentile, summarize
+from peers import insert, lockstep, payload, snapshot_xmin
+from servers import Server
+
+
+def attempt(before, subject, after, lost=0):
+    return Attempt(1, Measurement(before), Measurement(subject, lost=lost), Measurement(after))
+
+
+# Statistics
+
+
+def test_the_ratio_is_to_the_mean_of_the_controls_before_and_after():
+    assert attempt(90, 200, 110).ratio == 2
+    assert attempt(100, 50, 100).ratio == 0.5
+
+
+@pytest.mark.parametrize(("before", "after", "valid"), [(100, 100, True), (93, 107, True), (92, 108, False), (108, 92, False), (0, 0, False)])
+def test_an_attempt_whose_controls_differ_by_more_than_15_percent_is_invalid(before, after, valid):
+    assert attempt(before, 100, after).valid is valid
+
+
+def test_the_median_and_the_range_are_those_of_the_valid_ratios():
+    attempts = [attempt(100, 100 + n, 100) for n in (1, 5, 2, 4, 3)] + [attempt(50, 900, 150)]
+    summary = summarize(attempts, 5)
+    assert (summary.state, summary.rounds) == ("measured", 5)
+    assert (summary.ratio, summary.least, summary.greatest) == (1.03, 1.01, 1.05)
+
+
+def test_a_cell_without_five_valid_rounds_is_invalid():
+    valid, drifted = attempt(100, 100, 100), attempt(50, 100, 150)
+    assert summarize([valid] * 5 + [drifted], 6).state == "measured"
+    assert summarize([valid] * 4 + [drifted] * 6, 5).state == "invalid"
+    assert summarize([valid] * 2, 2).state == "measured"  # as many as were wanted
+
+
+def test_one_lost_event_takes_the_place_of_the_figure():
+    summary = summarize([attempt(100, 500, 100)] * 9 + [attempt(100, 500, 300, lost=3)], 5)
+    assert str(summary) == "LOST 3"
+    assert summary.ratio is None
+
+
+def test_what_failed_or_was_not_measured_says_so():
+    assert str(summarize([], 5, errors=2)) == "error"
+    assert str(summarize([], 5)) == "not measured"
+
+
+def test_percentiles_are_of_the_numbers():
+    assert percentile(range(1, 101), 0.99) == 100
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile([7], 0.99) == 7
+
+
+def test_goals_bound_from_one_side():
+    assert Goal(0.95).met(0.95)
+    assert not Goal(0.95).met(0.94)
+    assert Goal(most=1.5).met(1.5)
+    assert not Goal(most=1.5).met(1.51)
+
+
+def test_attempts_survive_the_json():
+    made = Attempt(3, Measurement(1.5), Measurement(2.5, lost=1, facts={"p50": 1}), Measurement(1.6))
+    assert from_json(json.loads(json.dumps(as_json(made)))) == made
+
+
+# The schedule
+
+
+def fake_cell(name, control, **subjects):
+    """A cell whose measurements come from lists; they are noted in the order made."""
+    made = []
+
+    def measure(system, values):
+        def one():
+            made.append(system)
+            return Measurement(values.pop(0) if len(values) > 1 else values[0])
+
+        return one
+
+    listed = [schedule.Subject(system, measure(system, list(values))) for system, values in subjects.items()]
+    return schedule.Cell("fake", name, "x", "control", measure("control", list(control)), listed), made
+
+
+def test_each_system_is_measured_between_two_controls():
+    cell, made = fake_cell("a", [100], one=[100], two=[100])
+    schedule.run([cell], 3, seed=1, deadline=float("inf"), say=lambda text: None)
+    assert len(made) == 3 * 5
+    for n in range(0, len(made), 5):
+        assert made[n : n + 5 : 2] == ["control"] * 3
+        assert {made[n + 1], made[n + 3]} == {"one", "two"}
+
+
+def test_all_pairs_of_cell_and_round_come_in_an_order_that_the_seed_fixes():
+    listed = [fake_cell(name, [1])[0] for name in "abcdef"]
+    order = schedule.order(listed, 5, seed=7)
+    assert sorted((number, cell.variant) for number, cell in order) == sorted((number, name) for number in range(1, 6) for name in "abcdef")
+    assert order == schedule.order(listed, 5, seed=7)
+    assert order != schedule.order(listed, 5, seed=8)
+    assert [cell.variant for _, cell in order] != sorted(cell.variant for _, cell in order)
+
+
+def test_what_is_invalid_is_measured_again_but_not_for_ever():
+    steady, made = fake_cell("steady", [100, 200, *[100] * 50], one=[100])
+    (result,) = schedule.run([steady], 5, seed=1, deadline=float("inf"), say=lambda text: None)
+    assert sum(one.valid for one in result.attempts) == 5
+    assert len(result.attempts) == 6 or not result.attempts[0].valid
+    noisy, made = fake_cell("noisy", [100, 200] * 100, one=[100])
+    (result,) = schedule.run([noisy], 5, seed=1, deadline=float("inf"), say=lambda text: None)
+    assert len(result.attempts) == 10
+    assert schedule.summary_of(result, 5).state == "invalid"
+
+
+def test_a_peer_that_breaks_ends_its_own_cell_only():
+    def broken():
+        raise RuntimeError("it broke")
+
+    cell, _ = fake_cell("a", [100], one=[100])
+    cell.subjects.append(schedule.Subject("broken", broken))
+    results = schedule.run([cell], 5, seed=1, deadline=float("inf"), say=lambda text: None)
+    assert {result.subject.system: str(schedule.summary_of(result, 5)) for result in results} == {"one": "1.00", "broken": "error"}
+
+
+def test_the_rounds_follow_from_the_time():
+    listed = [fake_cell(str(n), [1], one=[1])[0] for n in range(10)]
+    long = schedule.plan(listed, 120, 4)
+    short = schedule.plan(listed, 5, 4)
+    assert long[0] > schedule.LEAST_ROUNDS and long[1] == 4
+    assert short[1] < 4
+    rounds, _, said = schedule.plan(listed, 1, 4)
+    assert rounds < schedule.LEAST_ROUNDS and "5 rounds" in said
+
+
+# The oracle
+
+
+@pytest.fixture
+def log(server, monkeypatch):
+    """Makes a system's log on the tests' server, in a database of its own."""
+    made = []
+    monkeypatch.setattr(logs, "server", lambda name: Server(name, str(server.host), server.port))
+
+    def make(peer):
+        made.append(logs.Log(peer, suffix="_oracle"))
+        made[-1].reset(1)
+        return made[-1]
+
+    yield make
+    with server.connect() as connection:
+        for one in made:
+            connection.execute(f'DROP DATABASE "{one.database}" WITH (FORCE)')
+
+
+def writer(module, connection):
+    client = module.Client.__new__(module.Client)
+    client.connection = connection
+    return client
+
+
+def commit_out_of_order(log, module):
+    """An event whose writer draws its position first commits after the consumer has read a later one."""
+    with log.server.connect(log.database) as slow, log.server.connect(log.database) as quick:
+        slow.execute("BEGIN")
+        writer(module, slow).append("slow", 1, payload(150))
+        writer(module, quick).append("quick", 1, payload(150))
+        log.sql("SELECT bench.turn(1, 1000)")
+        slow.execute("COMMIT")
+    log.sql("SELECT bench.turn(1, 1000)")
+    return log.oracle(1)
+
+
+def test_the_oracle_says_that_the_unprotected_loop_lost_an_event(log):
+    lost, doubled = commit_out_of_order(log(insert.PEER), insert)
+    assert (lost, doubled) == (1, 0)
+    assert str(summarize([attempt(1, 1, 1, lost=lost)], 1)) == "LOST 1"
+
+
+@pytest.mark.parametrize(("peer", "module"), [(lockstep.PEER, lockstep), (snapshot_xmin.PEER, insert)], ids=["lockstep", "snapshot xmin"])
+def test_the_oracle_says_that_a_protected_reader_lost_none(log, peer, module):
+    assert commit_out_of_order(log(peer), module) == (0, 0)
+
+
+def test_the_oracle_counts_what_was_passed_on_twice_and_what_was_not_acknowledged(log):
+    unprotected = log(insert.PEER)
+    with unprotected.server.connect(unprotected.database) as connection:
+        for n in range(1, 4):
+            writer(insert, connection).append("a", n, payload(150))
+    unprotected.sql("SELECT bench.turn(1, 2)", "UPDATE bench.cursors SET position = 0", "SELECT bench.turn(1, 3)")
+    assert unprotected.oracle(1) == (0, 2)
+    assert unprotected.oracle(2) == (3, 2)
+    assert unprotected.committed() == 3
+
+
+def test_a_payload_has_the_size_asked_for():
+    for size in 150, 2048:
+        assert len(payload(size)) == size
+        assert json.loads(payload(size))["customer"] == "c-7391"
+
+
+# What is shown
+
+
+def result(system, *attempts, topic="append", goal=None, ahead=False, less=False):
+    return {
+        "topic": topic, "variant": "8 clients", "unit": "events/s", "control": "bare INSERT", "system": system, "less_is_better": less,
+        "ahead": ahead, "goal": goal, "errors": [], "attempts": [as_json(one) for one in attempts],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def document():
+    goal = {"least": 0.95, "most": None, "of": "ratio", "unit": ""}
+    return {
+        "begun": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "changed": False, "seed": 5, "window": 4, "rounds": 5, "minutes": 9.5,
+        "machine": {"processor": "Z80", "cores": 2, "memory_gib": 24}, "versions": {"plain": "PostgreSQL 18.1 on x86_64", "pg": "8"},
+        "cells": [
+            result("lockstep", *[attempt(100, 97, 100)] * 5, goal=goal, ahead=True),
+            result("slow peer", *[attempt(100, 40, 100)] * 5),
+            result("position > last seen", *[attempt(100, 99, 100, lost=2)] * 5, topic="loss"),
+            result("lockstep", *[attempt(100, 90, 100)] * 5, topic="loss"),
+            result("noisy peer", *[attempt(100, 40, 200)] * 9, topic="loss"),
+        ],
+    }  # fmt: skip
+
+
+def test_the_table_shows_ratios_verdicts_and_losses(document):
+    table = report.markdown(document)
+    assert "| 8 clients | bare INSERT | lockstep | 0.97 | 0.97–0.97 | 5 | ≥ 0.95: met; ahead of its peers: met |" in table
+    assert "| 8 clients | bare INSERT | slow peer | 0.40 | 0.40–0.40 | 5 |  |" in table
+    assert "| position > last seen | LOST 10 |" in table
+    assert "| lockstep | 0.90 | 0.90–0.90 | 5 | loses nothing: met |" in table
+    assert "| noisy peer | invalid |" in table
+    assert "2026-01-02" in table and "0123456789" in table and "PostgreSQL 18.1" in table and "trial" not in table
+    assert "trial" in report.markdown(document | {"rounds": 2})
+
+
+def test_a_goal_that_is_not_met_is_shown_as_missed(document):
+    document["cells"][0]["attempts"] = [as_json(attempt(100, 30, 100))] * 5
+    assert "≥ 0.95: missed; ahead of its peers: missed" in report.markdown(document)
+
+
+def test_charts_are_the_same_bytes_each_time(document, tmp_path):
+    charts.draw(document, tmp_path / "one")
+    charts.draw(document, tmp_path / "two")
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert set(drawn) == {"append.svg", "loss.svg"}
+    assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    assert b"LOST 10" in drawn["loss.svg"] and b"slow peer" in drawn["append.svg"]
+
+
+def test_the_readme_shows_the_charts_of_the_committed_results(tmp_path):
+    document = report.load(ROOT / "benches" / "results.json")
+    assert report.paragraph(document) in (ROOT / "README.md").read_text()
+    charts.draw(document, tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (ROOT / "docs" / "img" / path.name).read_bytes(), path.name
+
+
+def test_each_cell_is_explained():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    cells_part = page[page.index("\n## The cells\n") : page.index("\n## The peers\n")]
+    listed = subprocess.run([sys.executable, ROOT / "benches" / "run", "--list"], check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    assert len(listed) == len(set(listed)) > 100
+    assert list(dict.fromkeys(name.split(":")[0] for name in listed)) == re.findall(r"^### (.*)$", cells_part, re.MULTILINE)
+
+
+def test_each_peer_is_explained():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    files = {path.name for path in (ROOT / "benches" / "peers").iterdir() if path.suffix in (".py", ".js")} - {"__init__.py", "install.py"}
+    assert files - set(re.findall(r"benches/peers/([\w.]+)", page)) == set()
+
+
+def test_quick_has_cells_of_what_matters():
+    assert {cell.topic for cell in all_cells(Bench()) if cell.quick} == {"append", "loss", "catch-up", "jobs"}
