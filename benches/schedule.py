@@ -36,7 +36,8 @@ class Cell:
     goal: Goal | None = None  # of lockstep
     less_is_better: bool = False
     ahead: bool = False  # lockstep is to be ahead of every other system that loses nothing
-    extra: float = 1.5  # seconds that a measurement takes beside its window
+    extra: float = 2  # seconds that a measurement takes beside its window, the warm-up's included
+    once: float = 0  # seconds that it takes to make what the cell needs
     windows: float = 1  # how many windows it is long
     quick: bool = False  # part of the quick run
 
@@ -59,20 +60,27 @@ class Result:
     errors: list[str] = field(default_factory=list)
 
 
-def plan(cells, minutes, window):
-    """Rounds and window for this time, and what is to be said of them."""
-    available = minutes * 60 * RESERVE
-    for shorter in (window, window / 2, 1):
-        window = max(1, shorter)
-        one = sum(cell.seconds(window) for cell in cells)
-        rounds = int(available / one) if one else LEAST_ROUNDS
+def plan(cells, minutes, window, is_core=lambda cell: True):
+    """The cells, the rounds and the window for this time, and what is to be said of them.
+
+    If there is no time for 5 rounds of all cells, the core is measured; if not for that either, as many rounds of it as there is time for.
+    """
+    core = [cell for cell in cells if is_core(cell)]
+    for chosen in (cells, core):
+        for shorter in (window, window / 2, 1):
+            shorter = max(1, shorter)
+            one, once = sum(cell.seconds(shorter) for cell in chosen), sum(cell.once for cell in chosen)
+            rounds = int(max(0, minutes * 60 * RESERVE - once) / one)
+            if rounds >= LEAST_ROUNDS:
+                break
         if rounds >= LEAST_ROUNDS:
             break
     rounds = max(1, min(rounds, MOST_ROUNDS))
-    said = f"{len(cells)} cells, {rounds} rounds, windows of {window:g} s, about {rounds * one / 60:.0f} of {minutes:g} minutes"
+    number = f"{len(chosen)} cells" if len(chosen) == len(cells) else f"{len(chosen)} of {len(cells)} cells (the core)"
+    said = f"{number}, {rounds} rounds, windows of {shorter:g} s, about {(once + rounds * one) / 60:.0f} of {minutes:g} minutes"
     if rounds < LEAST_ROUNDS:
-        said += f"; {LEAST_ROUNDS} rounds, which figures to be published need, take {LEAST_ROUNDS * one / RESERVE / 60:.0f}"
-    return rounds, window, said
+        said += f"; {LEAST_ROUNDS} rounds, which figures to be published need, take {(once + LEAST_ROUNDS * one) / RESERVE / 60:.0f}"
+    return chosen, rounds, shorter, said
 
 
 def order(cells, rounds, seed):

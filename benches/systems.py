@@ -1,7 +1,7 @@
 """The systems of the cells, each a peer on one of the servers."""
 
 from logs import ClientLog, Log
-from peers import APPLIED, copy, eventsourcing_python, insert, lockstep, message_db, pgq, queued_barrier, snapshot_xmin
+from peers import APPLIED, copy_in, eventsourcing_python, insert, lockstep, message_db, pgq, queued_barrier, snapshot_xmin
 from peers import Log as Peer
 
 EMMETT_PEER = Peer(
@@ -31,7 +31,7 @@ NODE_INSERT, NODE_LOCKSTEP = ClientLog(insert.PEER, "node", "insert"), ClientLog
 EMMETT = ClientLog(EMMETT_PEER, "node", "emmett")
 PYTHON_INSERT, PYTHON_LOCKSTEP = ClientLog(insert.PEER, "python", "insert"), ClientLog(lockstep.PEER, "python", "lockstep")
 EVENTSOURCING = ClientLog(eventsourcing_python.PEER, "python", "eventsourcing_python")
-COPY = ClientLog(copy.PEER, "python", "copy", suffix="_copy")
+COPY = ClientLog(copy_in.PEER, "python", "copy_in", suffix="_copy")
 
 # Those that share a driver, the control first.
 FAMILIES = {

@@ -78,19 +78,19 @@ def cells(bench):
             yield Cell(
                 "catch-up", f"{consumers} projections, {handler}, SQL", "events/s", "an unprotected loop", measure[0],
                 [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], Goal(0.9), ahead=True,
-                extra=4, windows=1, quick=not each and consumers == 1,
+                windows=0, extra=4, once=10, quick=not each and consumers == 1,
             )  # fmt: skip
     for each in False, True:
         logs = (OLD_INSERT, OLD_LOCKSTEP, PGQ)
         measure = [partial(by_sql, bench, log, 1, each) for log in logs]
         yield Cell(
             "catch-up", f"1 projection, a handler of {'one event' if each else 'sets'}, PostgreSQL 15", "events/s", "an unprotected loop", measure[0],
-            [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], ahead=True, extra=4,
+            [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], ahead=True, windows=0, extra=4, once=20,
         )  # fmt: skip
     for family, logs in ("Node", NODE), ("Python", PYTHON):
         for consumers in (1, 4) if family == "Node" else (1,):
             measure = [partial(by_client, bench, log, consumers) for log in logs]
             yield Cell(
                 "catch-up", f"{consumers} projections, a client that applies each event, {family}", "events/s", "an unprotected loop", measure[0],
-                [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], ahead=True, extra=6,
+                [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], ahead=True, windows=0, extra=6, once=30,
             )  # fmt: skip

@@ -81,7 +81,7 @@ def cells(bench):
     variants += [(1000, "the same tenant", consumers) for consumers in (1, 64)]
     for hold, where, consumers in variants:
         logs = [LOCKSTEP]
-        if consumers == 8 and hold == 1000 and where != "another tenant":
+        if (hold, where, consumers) == (1000, "the same tenant", 8):
             logs += [INSERT, QUEUED_BARRIER, SNAPSHOT_XMIN]
         subjects = [
             Subject(

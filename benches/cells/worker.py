@@ -1,5 +1,6 @@
 """Workers in the server: what they cost those who push, and how fast they catch up together. The control does not preload the library."""
 
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -48,9 +49,7 @@ def asynchronous(log):
 
 @contextmanager
 def listener(log):
-    import sys
-
-    with Load([sys.executable, HERE / "peers" / "listen_notify.py"], log.server.environment(log.database)) as client:
+    with Load([sys.executable, "-m", "peers.listen_notify"], log.server.environment(log.database), cwd=HERE) as client:
         wait_until(log, "EXISTS (SELECT FROM pg_stat_activity WHERE query LIKE 'LISTEN%' OR query LIKE '%projection_run%' AND pid <> pg_backend_pid())")
         yield
         if client.process.poll() is not None:
@@ -121,5 +120,5 @@ def cells(bench):
     for workers in 2, 4:
         yield Cell(
             "workers", f"catch-up of 16 projections, {workers} workers", "events/s", "1 worker", partial(catch_up, bench, 1),
-            [Subject("lockstep", partial(catch_up, bench, workers))], extra=15,
+            [Subject("lockstep", partial(catch_up, bench, workers))], windows=0, extra=20, once=10,
         )  # fmt: skip

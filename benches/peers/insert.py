@@ -146,7 +146,7 @@ class Client:
         return len(events)
 
     def append_batch(self, size, run, number, text):
-        """A multi-row INSERT; "copy" has COPY in its place."""
+        """A multi-row INSERT; copy_in.py has COPY in its place."""
         values = [(f"{run}-{number}", sequence, text) for sequence in range(1, size + 1)]
         rows = ", ".join(ROW.format(aggregate="%s", sequence="%s", payload="%s") for _ in values)
         self.connection.execute(INSERT + rows, [value for row in values for value in row])

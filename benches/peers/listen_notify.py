@@ -1,5 +1,5 @@
 """LISTEN/NOTIFY as the wake-up: each append notifies, and a client that listens runs the projection. It is what one has without workers in the server.
-Run as a program, it is that client; it ends with its standard input.
+Run as a program (python -m peers.listen_notify), it is that client; it ends with its standard input.
 
 Manual: https://www.postgresql.org/docs/18/sql-notify.html, https://www.psycopg.org/psycopg3/docs/advanced/async.html#asynchronous-notifications
 """

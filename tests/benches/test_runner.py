@@ -15,7 +15,7 @@ import charts
 import logs
 import report
 import schedule
-from cells import Bench, all_cells
+from cells import CORE, Bench, all_cells, is_core
 from measure import Attempt, Goal, Measurement, as_json, from_json, percentile, summarize
 from peers import insert, lockstep, payload, snapshot_xmin
 from servers import Server
@@ -138,14 +138,32 @@ def test_a_peer_that_breaks_ends_its_own_cell_only():
     assert {result.subject.system: str(schedule.summary_of(result, 5)) for result in results} == {"one": "1.00", "broken": "error"}
 
 
-def test_the_rounds_follow_from_the_time():
+def test_the_cells_and_the_rounds_follow_from_the_time():
     listed = [fake_cell(str(n), [1], one=[1])[0] for n in range(10)]
-    long = schedule.plan(listed, 120, 4)
-    short = schedule.plan(listed, 5, 4)
-    assert long[0] > schedule.LEAST_ROUNDS and long[1] == 4
-    assert short[1] < 4
-    rounds, _, said = schedule.plan(listed, 1, 4)
-    assert rounds < schedule.LEAST_ROUNDS and "5 rounds" in said
+
+    def plan(minutes):
+        return schedule.plan(listed, minutes, 4, lambda cell: cell.variant in "123")
+
+    chosen, rounds, window, _ = plan(120)
+    assert (chosen, window) == (listed, 4)
+    assert rounds > schedule.LEAST_ROUNDS
+    chosen, rounds, window, _ = plan(14)
+    assert (chosen, window) == (listed, 2)
+    assert rounds >= schedule.LEAST_ROUNDS
+    chosen, rounds, _, said = plan(4)
+    assert [cell.variant for cell in chosen] == ["1", "2", "3"]
+    assert rounds >= schedule.LEAST_ROUNDS
+    assert "the core" in said
+    _, rounds, _, said = plan(1)
+    assert rounds < schedule.LEAST_ROUNDS
+    assert "5 rounds" in said
+
+
+def test_the_core_has_every_topic_and_every_pattern_of_it_names_a_cell():
+    listed = all_cells(Bench())
+    assert {cell.topic for cell in listed if is_core(cell)} == {cell.topic for cell in listed}
+    for pattern in CORE.strip().splitlines():
+        assert any(re.fullmatch(pattern, cell.name) for cell in listed), pattern
 
 
 # The oracle
@@ -288,4 +306,4 @@ def test_each_peer_is_explained():
 
 
 def test_quick_has_cells_of_what_matters():
-    assert {cell.topic for cell in all_cells(Bench()) if cell.quick} == {"append", "loss", "catch-up", "jobs"}
+    assert {cell.topic for cell in all_cells(Bench()) if cell.quick} == {"append", "loss", "catch-up"}
