@@ -11,7 +11,7 @@ from measure import Goal, Measurement
 from peers import insert, lockstep, message_db
 from schedule import Cell, Subject
 
-RATE = 200
+RATE, TURNS = 200, 100  # a second
 LOGS = [Log(module.PEER, suffix="_decay") for module in (insert, lockstep, message_db)]
 
 
@@ -47,14 +47,14 @@ def measure(bench, log, held):
         # Before the transaction, so that the log is not empty for it.
         log.write(1, 4, rate=RATE).finish()
         with open_transaction(log.server, log.database) if held else nullcontext(), log.write(bench.hold, 4, rate=RATE) as writers:
-            turns = Pgbench(log.server, log.database, f"{log.turn(100)}\\sleep 5 ms\n", 1, bench.hold - 1, options=log.peer.options)
+            turns = Pgbench(log.server, log.database, log.turn(100), 1, bench.hold - 1, rate=TURNS, options=log.peer.options)
             with turns:
                 took = turns.finish().took
             writers.finish()
         with log.polled(1, 1):
             time.sleep(0.2)
     lost, doubled = log.oracle(1)
-    return Measurement(tenths([milliseconds - 5 for milliseconds in took]), lost, doubled)
+    return Measurement(tenths(took), lost, doubled)
 
 
 def cells(bench):

@@ -39,10 +39,10 @@ def test_an_attempt_whose_controls_differ_by_more_than_15_percent_is_invalid(bef
 
 
 def test_the_median_and_the_range_are_those_of_the_valid_ratios():
-    attempts = [attempt(100, 100 + n, 100) for n in (1, 5, 2, 4, 3)] + [attempt(50, 900, 150)]
+    attempts = [attempt(100, 100 + n, 100) for n in (1, 9, 2, 4, 3)] + [attempt(50, 900, 150)]
     summary = summarize(attempts, 5)
     assert (summary.state, summary.rounds) == ("measured", 5)
-    assert (summary.ratio, summary.least, summary.greatest) == (1.03, 1.01, 1.05)
+    assert (summary.ratio, summary.least, summary.greatest) == (1.03, 1.01, 1.09)
 
 
 def test_a_cell_without_five_valid_rounds_is_invalid():
@@ -272,6 +272,11 @@ def test_the_table_shows_ratios_verdicts_and_losses(document):
 def test_a_goal_that_is_not_met_is_shown_as_missed(document):
     document["cells"][0]["attempts"] = [as_json(attempt(100, 30, 100))] * 5
     assert "≥ 0.95: missed; ahead of its peers: missed" in report.markdown(document)
+
+
+def test_lockstep_too_is_said_to_have_lost(document):
+    document["cells"][3]["attempts"] = [as_json(attempt(100, 90, 100, lost=1))] * 5
+    assert "| lockstep | LOST 5 |  | 5 | missed |" in report.markdown(document)
 
 
 def test_charts_are_the_same_bytes_each_time(document, tmp_path):
