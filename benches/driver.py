@@ -1,5 +1,6 @@
 """Loads a server through a peer's Python library, each client in a process of its own; prints what it did as JSON.
 
+    driver.py PEER create                             its schema
     driver.py PEER append CLIENTS SECONDS BYTES HOT   one event a transaction; HOT 1: all to one aggregate, repeated until it is taken
     driver.py PEER batch CLIENTS SECONDS SIZE         so many events of a new aggregate a transaction
     driver.py PEER consume CONSUMERS POLL SIZE        consumers that poll (milliseconds) until they are killed
@@ -64,6 +65,11 @@ def show(done, seconds):
     print(json.dumps({"rate": counted / seconds, "count": count, "failed": failed, "seconds": seconds}))
 
 
+def create(peer):
+    client_of(peer).create()
+    show([(0, 0, 0)], 1)
+
+
 def append(peer, clients, seconds, size, hot):
     text, run = payload(int(size)), os.getpid()
 
@@ -109,4 +115,5 @@ def catchup(peer, consumers, size, events):
 
 
 if __name__ == "__main__":
-    {"create": lambda peer: print(client_of(peer).create() or "{\"rate\": 0, \"count\": 0}"), "append": append, "batch": batch, "consume": consume, "catchup": catchup}[sys.argv[2]](sys.argv[1], *sys.argv[3:])
+    verbs = {"create": create, "append": append, "batch": batch, "consume": consume, "catchup": catchup}
+    verbs[sys.argv[2]](sys.argv[1], *sys.argv[3:])

@@ -91,33 +91,44 @@ def order(cells, rounds, seed):
 
 
 def run(cells, rounds, seed, deadline, say=lambda text: print(text, file=sys.stderr, flush=True)):
-    """Measures; returns a Result for each system in each cell. Stops at the deadline, whatever is left."""
-    dice = random.Random(seed)
+    """Measures; returns a Result for each system in each cell. Stops at the deadline, or when it is interrupted, and keeps what it has."""
     results = {(cell.name, subject.system): Result(cell, subject) for cell in cells for subject in cell.subjects}
-    pairs = order(cells, rounds, seed)
+    dice = random.Random(seed)
+    try:
+        if _all_rounds(results, order(cells, rounds, seed), dice, deadline, say):
+            _again(results, rounds, dice, deadline, say)
+    except KeyboardInterrupt:
+        say("==> Interrupted: what was measured is kept")
+    return list(results.values())
+
+
+def _all_rounds(results, pairs, dice, deadline, say):
+    """Tells whether there was time for all pairs."""
     for number, (round_number, cell) in enumerate(pairs, 1):
         if time.monotonic() > deadline:
             say(f"==> The time is over: {len(pairs) - number + 1} of {len(pairs)} pairs of cell and round are left out")
-            return list(results.values())
+            return False
         say(f"[{number}/{len(pairs)}] {cell.name}, round {round_number}")
         subjects = list(cell.subjects)
         dice.shuffle(subjects)
         before = None
         for subject in subjects:
             before = _attempt(results[cell.name, subject.system], round_number, before, say)
-    repeats = dict.fromkeys(results, rounds)
-    while time.monotonic() < deadline:
-        again = [key for key, result in results.items() if repeats[key] > 0 and _wants_more(result, rounds)]
-        if not again:
-            break
+    return True
+
+
+def _again(results, rounds, dice, deadline, say):
+    """What was invalid, at most once more for each round."""
+    left = dict.fromkeys(results, rounds)
+    while again := [key for key, result in results.items() if left[key] > 0 and _wants_more(result, rounds)]:
         dice.shuffle(again)
         for key in again:
             if time.monotonic() > deadline:
-                break
-            repeats[key] -= 1
+                say("==> The time is over: not all that was invalid was measured again")
+                return
+            left[key] -= 1
             say(f"[again] {key[0]}, {key[1]}")
             _attempt(results[key], rounds + 1, None, say)
-    return list(results.values())
 
 
 def _wants_more(result, rounds):

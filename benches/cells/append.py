@@ -3,7 +3,7 @@
 from functools import partial
 
 from load import Pgbench
-from measure import Goal
+from measure import Goal, Measurement
 from schedule import Cell, Subject
 from systems import COPY, FAMILIES, INSERT, LOCKSTEP, MESSAGE_DB, PYTHON_INSERT, PYTHON_LOCKSTEP
 
@@ -21,8 +21,7 @@ def write_batches(bench, log, size, aggregates, clients):
     script += f"{log.peer.batch(names)}\\set n :n + 1\n"
     loaded = Pgbench(log.server, log.database, script, clients, bench.window, protocol="simple").finish()
     there, expected = log.committed(), loaded.count * size
-    measured = log.measurement_of(loaded)
-    return measured.__class__(loaded.rate * size, max(0, expected - there), max(0, there - expected))
+    return Measurement(loaded.rate * size, max(0, expected - there), max(0, there - expected))
 
 
 def single(bench, variant, logs, clients, goal=None, quick=False, **how):

@@ -78,7 +78,7 @@ def cells(bench):
             yield Cell(
                 "catch-up", f"{consumers} projections, {handler}, SQL", "events/s", "an unprotected loop", measure[0],
                 [Subject(log.peer.name, case) for log, case in zip(logs[1:], measure[1:], strict=True)], Goal(0.9), ahead=True,
-                windows=0, extra=4, once=10, quick=not each and consumers == 1,
+                windows=0, extra=4, once=10,
             )  # fmt: skip
     for each in False, True:
         logs = (OLD_INSERT, OLD_LOCKSTEP, PGQ)

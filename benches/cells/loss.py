@@ -28,4 +28,4 @@ def cells(bench):
         for log in (*logs, *readers.get(family, ())):
             name = "position > last seen" if log.peer.name == "insert" else log.peer.name
             subjects.append(Subject(name, partial(write, bench, log, 1), partial(write, bench, log, 0)))
-        yield Cell("loss", f"{WRITERS} writers, {family}", "events/s", "its own writers alone", None, subjects, quick=family == "SQL", extra=3.5)
+        yield Cell("loss", f"{WRITERS} writers, {family}", "events/s", "its own writers alone", None, subjects, quick=family == "SQL", extra=2.2)

@@ -6,11 +6,23 @@ const { run, makeWorkerUtils, Logger } = require("graphile-worker");
 
 module.exports = async () => {
     const pool = new Pool({ max: 100 });
+    pool.on("error", (error) => { throw error; });
+    pool.on("connect", (client) => client.on("error", (error) => { throw error; }));
     const logger = new Logger(() => () => {});
     const utils = await makeWorkerUtils({ pgPool: pool, logger });
     await utils.migrate();
     return {
-        fill: (n) => pool.query("SELECT graphile_worker.add_job('work', '{\"n\": 1}', job_key => n::text) FROM generate_series(1, $1) AS n", [n]),
+        async fill(n) {
+            for (let from = 0; from < n; from += 1000) {
+                await pool.query(
+                    `SELECT count(*) FROM graphile_worker.add_jobs(ARRAY(
+                        SELECT json_populate_record(NULL::graphile_worker.job_spec,
+                            json_build_object('identifier', 'work', 'payload', '{"n": 1}'::json, 'job_key', $1 || n::text))
+                        FROM generate_series(1, $2) AS n))`,
+                    [`fill ${Date.now()} ${from} `, Math.min(1000, n - from)],
+                );
+            }
+        },
         enqueue: (key) => utils.addJob("work", { n: 1 }, { jobKey: key }).then(() => 0),
         async work(workers, state, running) {
             const runner = await run({

@@ -41,7 +41,9 @@ module.exports = async ({ sleep }) => {
             }
         },
 
-        fill: (n) => pool.query("SELECT lockstep.job_enqueue('bench', n::text, 'work', '{\"n\": 1}') FROM generate_series(1, $1) AS n", [n]),
+        fill: (n) => pool.query(
+            "SELECT lockstep.job_enqueue('bench', $2 || n::text, 'work', '{\"n\": 1}') FROM generate_series(1, $1) AS n", [n, `fill ${Date.now()} `],
+        ),
 
         enqueue: (key) => pool.query({
             name: "enqueue", text: "SELECT * FROM lockstep.job_enqueue('bench', $1, 'work', '{\"n\": 1}')", values: [key],
