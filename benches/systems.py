@@ -6,7 +6,6 @@ from peers import Log as Peer
 
 EMMETT_PEER = Peer(
     name="Emmett",
-    version="",
     schema=APPLIED,
     own_schema=True,
     append="",

@@ -20,7 +20,6 @@ CREATE TABLE bench.applied (consumer int NOT NULL, position numeric NOT NULL);
 @dataclass(frozen=True)
 class Log:
     name: str
-    version: str
     schema: str  # SQL; it has bench.turn(consumer int, batch int, each boolean): applies a batch, returns how many events
     append: str  # pgbench: one event to :aggregate with :payload, which is its :sequence-th
     before: str = field(default="", kw_only=True)  # pgbench: what a writer's transaction does first

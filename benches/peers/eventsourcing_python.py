@@ -13,7 +13,6 @@ from . import APPLIED, Log
 
 PEER = Log(
     name="eventsourcing",
-    version="",
     schema=APPLIED,
     own_schema=True,
     append="",

@@ -101,7 +101,6 @@ def batch(aggregates):
 
 PEER = Log(
     name="insert",
-    version="",
     schema=APPLIED + TABLE + TURN.format(begin="", settled=""),
     append=INSERT + ROW.format(aggregate=":aggregate", sequence=":sequence", payload=":payload") + ";\n",
     hot=HOT,

@@ -68,7 +68,6 @@ def batch(aggregates):
 
 PEER = Log(
     name="lockstep",
-    version="SELECT extversion FROM pg_extension WHERE extname = 'lockstep'",
     schema=SCHEMA,
     append="SELECT * FROM lockstep.push_event('order', :aggregate, 'paid', :payload, :sequence - 1);\n",
     hot="SELECT * FROM lockstep.push_event('order', 'hot', 'paid', :payload);\n",

@@ -49,7 +49,6 @@ CURSORS = "TRUNCATE bench.applied, bench.cursors; INSERT INTO bench.cursors SELE
 
 PEER = Log(
     name="message-db",
-    version="SELECT message_store.message_store_version()",
     schema=SCHEMA,
     append=WRITE.format(stream="'order-' || :aggregate", version=":sequence - 2"),
     hot=WRITE.format(stream="'order-hot'", version="NULL"),

@@ -64,7 +64,6 @@ SELECT pgq.register_consumer_at('log', 'consumer ' || n, (SELECT min(tick_id) FR
 
 PEER = Log(
     name="PgQ",
-    version="SELECT extversion FROM pg_extension WHERE extname = 'pgq'",
     schema=SCHEMA,
     append="SELECT pgq.insert_event('log', 'paid', :payload, :aggregate, NULL, NULL, NULL);\n",
     committed="SELECT ev_id FROM pgq.event_template",  # with the tables that inherit from it

@@ -243,6 +243,21 @@ def test_the_oracle_counts_what_was_passed_on_twice_and_what_was_not_acknowledge
     assert unprotected.committed() == 3
 
 
+def test_a_consumer_that_is_behind_is_told_from_one_that_passed_over(log):
+    unprotected = log(insert.PEER)
+
+    def behind(consumers):
+        return unprotected.value(logs.BEHIND.format(committed=insert.PEER.committed, consumers=consumers))
+
+    assert not behind(1)  # nothing to be behind of
+    commit_out_of_order(unprotected, insert)
+    assert not behind(1)
+    assert behind(2)
+    with unprotected.server.connect(unprotected.database) as connection:
+        writer(insert, connection).append("later", 1, payload(150))
+    assert behind(1)
+
+
 def test_a_payload_has_the_size_asked_for():
     for size in 150, 2048:
         assert len(payload(size)) == size
