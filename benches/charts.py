@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 import report  # noqa: E402
 
@@ -33,13 +34,13 @@ def draw(document, directory):
 def chart(topic, rows, colour, caption):
     """A row for each variant, a dot for each system, a bar for its range; the control is at 1."""
     variants = list(dict.fromkeys((cell["variant"], cell["control"]) for cell, *_ in rows))
-    height = 1.6 + 0.24 * len(rows) + 0.15 * len(variants)
+    height = 1.7 + 0.22 * len(rows) + 0.15 * len(variants)
     figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     y, ticks, names = 0.0, [], []
     for variant, control in variants:
         of_variant = [(cell, summary) for cell, summary, _ in rows if (cell["variant"], cell["control"]) == (variant, control)]
         ticks.append(y + (len(of_variant) - 1) / 2)
-        names.append(f"{variant}\nagainst {control}" if len(of_variant) > 1 else f"{variant}, against {control}")
+        names.append(f"{variant}\n(control: {control})" if len(of_variant) > 1 else f"{variant} (control: {control})")
         for cell, summary in of_variant:
             mark(axes, y, cell, summary, colour[cell["system"]])
             y += 1
@@ -47,10 +48,11 @@ def chart(topic, rows, colour, caption):
     axes.axvline(1, color="#888888", linewidth=1, zorder=0)
     axes.set_yticks(ticks, names)
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(y, -1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     least, greatest = axes.get_xlim()
     axes.set_xlim(min(least, 0.4), max(greatest, 2.5))
     better = "less" if rows[0][0]["less_is_better"] else "more"
@@ -58,6 +60,8 @@ def chart(topic, rows, colour, caption):
     axes.set_title(topic, loc="left", fontweight="bold")
     shown = list(dict.fromkeys(cell["system"] for cell, *_ in rows))
     handles = [pyplot.Line2D([], [], color=colour[name], marker="o", linestyle="", label=name) for name in sorted(shown, key=list(colour).index)]
+    if any(cell["goal"] and cell["goal"]["of"] == "ratio" for cell, *_ in rows):
+        handles.append(pyplot.Line2D([], [], color="black", marker="|", markersize=11, linestyle="", label="lockstep's goal"))
     figure.legend(handles=handles, loc="outside upper right", ncols=min(3, len(handles)), frameon=False)
     figure.supxlabel(caption, fontsize=6, color="#555555", wrap=True)
     return figure

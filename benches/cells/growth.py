@@ -87,6 +87,6 @@ def cells(bench):
 
             yield Cell(
                 "growth", f"{what}, {middle[dimension]:,} to {large[dimension]:,} {'writers in flight' if dimension == 'writers' else dimension}",
-                "µs", f"with {middle[dimension]:,}", partial(measure, bench, what, middle), [Subject("lockstep", grown)], Goal(most=1.2),
+                "µs", f"{middle[dimension]:,}", partial(measure, bench, what, middle), [Subject("lockstep", grown)], Goal(most=1.2),
                 less_is_better=True, once=120 if dimension == "events" else 20,
             )  # fmt: skip
