@@ -178,6 +178,26 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_walk_from_key_to_key_goes_from_the_highest_priority_down() {
+        run(
+            "SELECT lockstep.job_enqueue('q', 'hot', n::text, priority => n % 3) FROM generate_series(1, 300) AS n",
+        );
+        assert_eq!(claim("1"), "2");
+        run("SELECT lockstep.job_enqueue('q', 'k' || n, 'cold') FROM generate_series(1, 600) AS n");
+        run("SELECT lockstep.job_enqueue('q', NULL, 'keyless') FROM generate_series(1, 100) AS n");
+        enqueue_new("'q', 'k5', 'soon', priority => 2, delay => '1 hour'");
+        enqueue_new("'q', 'z', 'warm', priority => 1");
+        enqueue_new("'q', 'k5', 'due', priority => -1, delay => '1 microsecond'");
+        assert_eq!(claim("2"), "warm,cold");
+        let claims =
+            "SELECT count(*) FROM generate_series(1, 700) AS n, lockstep.job_claim('q', 'w' || n)";
+        assert_eq!(one::<i64>(claims), 699);
+        assert_eq!(claim("1"), "");
+        run("DELETE FROM lockstep.jobs WHERE key = 'k5' AND token IS NOT NULL");
+        assert_eq!(claim("2"), "due");
+    }
+
+    #[pg_test]
     fn a_delayed_job_is_claimed_when_its_time_has_come() {
         enqueue_new("'q', 'k', 'a', delay => '1 hour'");
         enqueue_new("'q', NULL, 'b', delay => '1 hour'");
@@ -576,6 +596,52 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_lowered_limit_counts_the_jobs_above_it() {
+        run("SELECT lockstep.job_enqueue('q', NULL, n::text) FROM generate_series(1, 30) AS n");
+        run("SELECT lockstep.queue_configure('q', max_in_progress => 10)");
+        assert_eq!(claim("20"), "1,2,3,4,5,6,7,8,9,10");
+        for kind in ["1", "2", "3", "4", "5"] {
+            acknowledge("job_complete", kind, "");
+        }
+        run("SELECT lockstep.queue_configure('q', max_in_progress => 5)");
+        assert_eq!(claim("20"), "");
+        acknowledge("job_complete", "9", "");
+        assert_eq!(claim("20"), "11");
+        run("SELECT lockstep.queue_configure('q', max_in_progress => 0)");
+        assert_eq!(claim("2"), "12,13");
+        run("SELECT lockstep.queue_configure('q', max_in_progress => 6)");
+        assert_eq!(claim("20"), "");
+        acknowledge("job_complete", "11", "");
+        assert_eq!(claim("20"), "");
+        acknowledge("job_complete", "6", "");
+        assert_eq!(claim("20"), "14");
+    }
+
+    #[pg_test]
+    fn a_full_queue_that_gets_room_in_a_claim_uses_it() {
+        run("SELECT lockstep.queue_configure('q', max_in_progress => 1)");
+        for (key, attempts) in [("k", "1"), ("NULL", "3")] {
+            run(&format!(
+                "SELECT lockstep.job_enqueue('q', NULLIF('{key}', 'NULL'), 'spent', max_attempts => 1)"
+            ));
+            assert_eq!(claim("5"), "spent");
+            enqueue_new(&format!(
+                "'q', 'first', 'first', max_attempts => {attempts}, priority => 5"
+            ));
+            expire();
+            assert_eq!(claim("5"), "first");
+            acknowledge("job_complete", "first", "");
+        }
+        enqueue_new("'q', 'k', 'twin'");
+        assert_eq!(claim("5"), "twin");
+        enqueue_new("'q', 'k', 'twin'");
+        enqueue_new("'q', 'first', 'first', priority => 5");
+        expire();
+        assert_eq!(claim("5"), "twin", "a takeover keeps its place");
+        assert_eq!(claim("5"), "");
+    }
+
+    #[pg_test]
     fn an_expired_claim_is_taken_over_in_a_full_queue() {
         run("SELECT lockstep.queue_configure('q', max_in_progress => 1)");
         enqueue_new("'q', 'k', 'a'");
@@ -654,13 +720,14 @@ mod tests {
     }
 
     #[pg_test]
-    fn after_data_loss_no_token_counts_any_more() {
+    fn after_data_loss_no_token_counts_and_no_id_is_given_again() {
         let job = enqueue_new("'q', 'k', 'a'");
         claim("1");
         let token: i64 = one("SELECT token FROM lockstep.jobs");
         run("SELECT lockstep.after_data_loss()");
         let complete = format!("SELECT lockstep.job_complete({job}, {token})");
         assert_eq!(one::<String>(&complete), "lost");
+        assert!(enqueue_new("'r', 'k', 'a'") > job + (1 << 32));
         expire();
         assert_eq!(
             list(&format!(
@@ -758,6 +825,26 @@ mod tests {
             assert_eq!(
                 raised.detail,
                 "It has 10000 bytes, at most 600 are allowed."
+            );
+        }
+    }
+
+    #[pg_test]
+    fn names_mean_nothing_to_patterns_or_quotes() {
+        let names = ["%", "_", "|", "'", "\"", "\\", "a%", "a_", "a|b", "é", " "];
+        for name in names {
+            let name = name.replace('\'', "''");
+            run(&format!(
+                "SELECT lockstep.job_enqueue('{name}', '{name}', '{name}', tenant => '{name}')"
+            ));
+        }
+        for name in names {
+            let quoted = name.replace('\'', "''");
+            assert_eq!(
+                list(&format!(
+                    "SELECT concat_ws(',', tenant, queue, key, kind) FROM lockstep.job_claim('{quoted}', 'w', 10, tenant => NULL)"
+                )),
+                [name; 4].join(",")
             );
         }
     }

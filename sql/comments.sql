@@ -51,7 +51,7 @@ COMMENT ON FUNCTION lockstep.aggregate_events(text, text, bigint, int, text) IS
 COMMENT ON FUNCTION lockstep.ticket_resync() IS
 'Sets the ticket sequence above the log and returns its value. Waits for the pushes in flight; pushes wait for it until its transaction ends.';
 COMMENT ON FUNCTION lockstep.after_data_loss() IS
-'Raises the ticket and every token by 2^32; tokens handed out before count no more. For use once after a failover or point-in-time recovery that lost commits.';
+'Raises the ticket, the ids of jobs and every token by 2^32; tokens handed out before count no more. For use once after a failover or point-in-time recovery that lost commits.';
 
 COMMENT ON FUNCTION lockstep.projection_create(text, text[], text[], regprocedure, int, int, interval, numeric, boolean) IS
 'Creates a projection owned by the caller; false if it was there and if_not_exists is true. start_after NULL: after what each tenant has settled now. Raises 42710.';

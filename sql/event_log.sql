@@ -1,25 +1,33 @@
 -- The event log: see src/event_log.rs for who writes these tables and in which order.
 
--- Names are resolved with search_path pg_catalog, lockstep, pg_temp; what others put into this schema would be found there.
+-- Names are resolved with search_path pg_catalog, lockstep, pg_temp; what others put into this schema would be found there. It is
+-- in this script's path too, so this names each operator's schema: an `=` in it for types between which pg_catalog has none would
+-- be the best match, and would run with the rights of the superuser who installs.
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = 'lockstep'::regnamespace)
-        OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = 'lockstep'::regnamespace)
-        OR EXISTS (SELECT FROM pg_catalog.pg_operator WHERE oprnamespace = 'lockstep'::regnamespace)
-        OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace = 'lockstep'::regnamespace)
+    IF EXISTS (SELECT FROM pg_catalog.pg_class AS c
+               WHERE c.relnamespace OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.regnamespace::pg_catalog.oid)
+        OR EXISTS (SELECT FROM pg_catalog.pg_proc AS p
+                   WHERE p.pronamespace OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.regnamespace::pg_catalog.oid)
+        OR EXISTS (SELECT FROM pg_catalog.pg_operator AS o
+                   WHERE o.oprnamespace OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.regnamespace::pg_catalog.oid)
+        OR EXISTS (SELECT FROM pg_catalog.pg_type AS t
+                   WHERE t.typnamespace OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.regnamespace::pg_catalog.oid)
         OR EXISTS (SELECT
                    FROM pg_catalog.pg_namespace AS n, pg_catalog.aclexplode(n.nspacl) AS a
-                   WHERE n.oid = 'lockstep'::regnamespace AND a.privilege_type = 'CREATE' AND a.grantee <> n.nspowner)
+                   WHERE n.nspname OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.name
+                     AND a.privilege_type OPERATOR(pg_catalog.=) 'CREATE'::pg_catalog.text
+                     AND a.grantee OPERATOR(pg_catalog.<>) n.nspowner)
         OR NOT EXISTS (SELECT
                        FROM pg_catalog.pg_namespace AS n
-                       JOIN pg_catalog.pg_roles AS r ON r.oid = n.nspowner
-                       WHERE n.oid = 'lockstep'::regnamespace
-                         AND (r.rolsuper OR r.rolname = current_user))
+                       JOIN pg_catalog.pg_roles AS r ON r.oid OPERATOR(pg_catalog.=) n.nspowner
+                       WHERE n.nspname OPERATOR(pg_catalog.=) 'lockstep'::pg_catalog.name
+                         AND (r.rolsuper OR r.rolname OPERATOR(pg_catalog.=) current_user))
     THEN
         RAISE EXCEPTION 'schema "lockstep" is in use'
             USING ERRCODE = 'duplicate_schema',
                   DETAIL = 'It holds objects, another role may create objects in it, or it belongs to a role that is not a superuser.',
-                  HINT = 'Drop it; CREATE EXTENSION creates it.';
+                  HINT = 'Drop it; CREATE EXTENSION creates it. If there is none, default privileges let others create objects in new schemas: revoke that before.';
     END IF;
 END
 $$;

@@ -31,7 +31,7 @@ CREATE TABLE lockstep.jobs (
     attempts int NOT NULL DEFAULT 0,
     max_attempts int,
     claimed_at timestamptz,
-    enqueued int NOT NULL DEFAULT 1,
+    enqueued bigint NOT NULL DEFAULT 1,
     slot int,
     retry_id bigint NOT NULL DEFAULT 0,
     delayed_until timestamptz NOT NULL DEFAULT 'epoch',
@@ -53,9 +53,12 @@ CREATE UNIQUE INDEX jobs_slot_key ON lockstep.jobs (queue, tenant, slot)
 -- The order of claims.
 CREATE INDEX jobs_order_idx ON lockstep.jobs (lane, priority DESC, delayed_until, job_id)
     WHERE lane IS NOT NULL;
--- The order of claims within a key: a claim that meets many jobs of busy keys goes from key to key instead. And the tenants.
-CREATE INDEX jobs_key_order_idx ON lockstep.jobs (queue, tenant, key, priority DESC, job_id)
+-- The keys of each priority: a claim that meets many jobs of busy keys goes from key to key instead. And the tenants.
+CREATE INDEX jobs_key_order_idx ON lockstep.jobs (queue, tenant, priority DESC, key, job_id)
     WHERE token IS NULL;
+-- What time alone makes claimable: jobs that were delayed, and claims.
+CREATE INDEX jobs_delayed_until_idx ON lockstep.jobs (queue, tenant, delayed_until)
+    WHERE delayed_until > 'epoch';
 CREATE INDEX jobs_claimed_until_idx ON lockstep.jobs (queue, tenant, claimed_until)
     WHERE claimed_until IS NOT NULL;
 

@@ -290,6 +290,9 @@ fn projection_run(
         let max_duration = max_duration
             .map(|value| argument::duration("max_duration", value))
             .transpose()?;
+        // Before the claim refuses the same under its own name.
+        snapshot::require_read_write("projection_run")?;
+        snapshot::require_read_committed("projection_run")?;
         let report = run::run(&request, max_duration, Runner::Session)?;
         Ok::<_, Error>((
             report.status.as_str(),

@@ -190,8 +190,10 @@ impl Procedure {
         executable.unwrap_or(false)
     }
 
-    /// Schema-qualified name and argument types, as `regprocedure` reads them under any search_path.
+    /// Schema-qualified name and argument types, as `regprocedure` reads them under any search_path; quoted where they must be,
+    /// whatever the caller has set.
     pub fn qualified_name(self) -> String {
+        let _settings = Settings::set(&[(c"quote_all_identifiers", c"off")]);
         // SAFETY: returns a palloc'd string.
         unsafe {
             let name = pg_sys::format_procedure_qualified(self.0);

@@ -107,7 +107,7 @@ pub fn announce(event: &Event) {
     announce_to(|| Address::Seats(event.key()), false);
 }
 
-/// Wakes who waits for the event if this transaction, which holds back what they wait for, is rolled back.
+/// Wakes who waits for the event if this transaction, which holds back what they wait for, is rolled back, or a part of it.
 pub fn announce_if_rolled_back(event: &Event) {
     announce_to(|| Address::Seats(event.key()), true);
 }
@@ -144,16 +144,30 @@ unsafe extern "C-unwind" fn after_release(
     is_top_level: bool,
     _argument: *mut std::ffi::c_void,
 ) {
-    if is_top_level && phase == pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
+    if phase != pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
+        return;
+    }
+    if is_top_level {
         for (address, if_rolled_back) in ANNOUNCED.take() {
-            if if_rolled_back && is_commit {
-                continue;
-            }
-            match address {
-                Address::Launcher(mail) => mailbox::post(&mail),
-                Address::Seats(key) => seat::wake(key),
+            if !(if_rolled_back && is_commit) {
+                send(&address);
             }
         }
+    } else if !is_commit {
+        // To a savepoint: what it held back may be free already. At the transaction's end they are woken once more.
+        ANNOUNCED.with_borrow(|announced| {
+            let for_rollback = announced
+                .iter()
+                .filter(|(_, if_rolled_back)| *if_rolled_back);
+            for_rollback.for_each(|(address, _)| send(address));
+        });
+    }
+}
+
+fn send(address: &Address) {
+    match address {
+        Address::Launcher(mail) => mailbox::post(mail),
+        Address::Seats(key) => seat::wake(*key),
     }
 }
 

@@ -200,17 +200,23 @@ impl Expired {
 
 pub fn reap(tenant: Option<&str>) -> i64 {
     const BATCH: usize = 1000;
-    static LOCK: Plan = Plan::joining(
+    static FIND: Plan = Plan::joining(
+        "SELECT job_id FROM lockstep.jobs
+         WHERE claimed_until <= (SELECT pg_catalog.clock_timestamp()) AND ($1 IS NULL OR tenant = $1)",
+    );
+    static LOCK: Plan = Plan::new(
         "SELECT job_id, COALESCE(attempts_left = 0, false), holder, queue, tenant FROM lockstep.jobs
-         WHERE claimed_until <= (SELECT pg_catalog.clock_timestamp())
-             AND ($1 IS NULL OR tenant = $1)
-         LIMIT 1000
+         WHERE job_id = ANY ($1) AND COALESCE(claimed_until <= (SELECT pg_catalog.clock_timestamp()), false)
          FOR UPDATE SKIP LOCKED",
     );
     let spi = Spi::connect();
+    let rows = spi.read(&FIND, At::Latest, &[Arg::from(tenant)]);
+    let found: Vec<i64> = (0..rows.count())
+        .filter_map(|row| rows.get(row, 1))
+        .collect();
     let mut reaped = 0;
-    loop {
-        let rows = spi.write_latest(&LOCK, &[Arg::from(tenant)]);
+    for batch in found.chunks(BATCH) {
+        let rows = spi.write_latest(&LOCK, &[Arg::from(batch.to_vec())]);
         for row in 0..rows.count() {
             let (Some(job_id), Some(spent), Some(holder), Some(queue), Some(tenant)) = (
                 rows.get(row, 1),
@@ -230,10 +236,8 @@ pub fn reap(tenant: Option<&str>) -> i64 {
             queue::announce(&queue, &tenant);
             reaped += 1;
         }
-        if rows.count() < BATCH {
-            return reaped;
-        }
     }
+    reaped
 }
 
 /// The ids of the jobs that are still claimed with their tokens. Rows are skipped that others have locked: to wait for them in any

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use super::attempt;
-use super::queue::{self, Place};
+use super::queue::{self, Place, Places};
 use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
 use crate::lock::{Mode, Tag};
 use crate::process;
@@ -21,8 +21,9 @@ pub struct Request<'a> {
     pub tenant: Option<&'a str>,
 }
 
-/// Each key claimed is a lock until the transaction ends, and the lock table is of the whole server.
+/// Each key claimed and each place taken is a lock until the transaction ends, and the lock table is of the whole server.
 const MOST_KEYS: usize = 1000;
+const MOST_PLACES: usize = 1000;
 /// How many candidates more than jobs are asked for: others may have them.
 const SPARE: usize = 8;
 
@@ -31,6 +32,7 @@ pub fn claim(request: &Request) -> Jobs {
         request,
         jobs: Jobs::none(),
         keys: 0,
+        places: 0,
     };
     match request.tenant {
         Some(tenant) => {
@@ -50,6 +52,8 @@ struct Claim<'a> {
     jobs: Jobs,
     /// How many keys were locked for the jobs.
     keys: usize,
+    /// How many places were taken for them.
+    places: usize,
 }
 
 /// The claims in one tenant.
@@ -61,9 +65,10 @@ struct InTenant<'a> {
     /// Keys of which no job can be claimed now.
     busy: HashSet<String>,
     tried: HashSet<i64>,
+    /// The places to try, once they have been read.
+    places: Option<Places>,
     /// A place that was taken and that no job has yet.
     place: Option<Place>,
-    used: Vec<i32>,
     full: bool,
 }
 
@@ -94,8 +99,8 @@ impl Claim<'_> {
             limit: settings.max_in_progress,
             busy: HashSet::new(),
             tried: HashSet::new(),
+            places: None,
             place: None,
-            used: Vec::new(),
             full: false,
         };
         let before = self.jobs.count();
@@ -112,6 +117,13 @@ impl Claim<'_> {
 
     /// Until there are `until` jobs in all, or nothing more to try.
     fn search(&mut self, at: &mut InTenant, until: usize) {
+        while self.try_in_order(at, until) {
+            at.tried.clear();
+        }
+    }
+
+    /// True: a place has come free, and jobs that were passed over for want of one are to be tried again.
+    fn try_in_order(&mut self, at: &mut InTenant, until: usize) -> bool {
         let queue = self.request.queue;
         let wanted = until - self.jobs.count();
         let mut depth = wanted + SPARE;
@@ -123,10 +135,14 @@ impl Claim<'_> {
             }
             loop {
                 if self.jobs.count() >= until {
-                    return;
+                    return false;
                 }
                 if at.full {
-                    return self.take_expired(at, &mut found, until);
+                    self.take_expired(at, &mut found, until);
+                    return !at.full;
+                }
+                if self.keys >= MOST_KEYS {
+                    found.drop_keyed();
                 }
                 match found.missing() {
                     Missing::Nothing => {}
@@ -142,11 +158,14 @@ impl Claim<'_> {
                     None => until - self.jobs.count(),
                 };
                 let Some((candidate, run)) = found.next(most) else {
-                    return;
+                    return false;
                 };
                 if candidate.source == Source::Keyless {
                     let least = found.next_priority().unwrap_or(i32::MIN);
-                    self.take_keyless(at, run, least.min(candidate.priority));
+                    let least = least.min(candidate.priority);
+                    if self.take_keyless(at, run, least) < run {
+                        found.drop_keyless(least);
+                    }
                 } else if at.tried.insert(candidate.job_id) {
                     self.take_one(at, &candidate);
                 }
@@ -213,6 +232,7 @@ impl Claim<'_> {
                 return false;
             };
             expired.settle(spi, at.lane);
+            at.place_came_free();
         }
         let failed = if candidate.failed {
             Some(candidate.job_id)
@@ -242,11 +262,13 @@ impl Claim<'_> {
         };
         if expired.spent {
             expired.settle(spi, at.lane);
+            at.place_came_free();
             return false;
         }
         if candidate.key.is_some()
             && let Some(twin) = attempt::merge(spi, candidate.job_id, Some(&expired.error))
         {
+            at.place_came_free();
             return self.claim_one(at, twin, candidate.key.as_deref(), None);
         }
         let args = [
@@ -293,13 +315,14 @@ impl Claim<'_> {
         ];
         let claimed = !self.jobs.write(&CLAIM, &args).is_empty();
         if claimed {
-            at.use_place();
+            self.use_place(at);
         }
         claimed
     }
 
-    /// Claims up to `count` of the jobs without a key, in their order, none of less priority than `least`.
-    fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) {
+    /// Claims up to `count` of the jobs without a key, in their order, none of less priority than `least`; how many. Fewer: others
+    /// have locked the rest of them, or the queue is full.
+    fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) -> usize {
         static CLAIM: Plan = Plan::new(claim_rows!(
             "SELECT r.job_id FROM lockstep.jobs AS r
              WHERE r.lane = $8 AND r.queue = $4 AND r.tenant = $5 AND r.priority >= $7
@@ -307,7 +330,7 @@ impl Claim<'_> {
              FOR UPDATE OF r SKIP LOCKED"
         ));
         let Some(slot) = self.place(at) else {
-            return;
+            return 0;
         };
         let args = [
             Arg::from(self.request.holder),
@@ -319,9 +342,11 @@ impl Claim<'_> {
             Arg::from(least),
             Arg::from(at.lane + 1),
         ];
-        if !self.jobs.write(&CLAIM, &args).is_empty() {
-            at.use_place();
+        let claimed = self.jobs.write(&CLAIM, &args).len();
+        if claimed > 0 {
+            self.use_place(at);
         }
+        claimed
     }
 
     /// None: the queue is full. Some(None): it has no limit.
@@ -329,12 +354,20 @@ impl Claim<'_> {
         let Some(limit) = at.limit else {
             return Some(None);
         };
-        if at.place.is_none() && !at.full {
-            let queue = self.request.queue;
-            at.place = queue::take_place(self.jobs.spi(), queue, at.tenant, limit, &at.used);
-            at.full = at.place.is_none();
+        if at.place.is_none() && !at.full && self.places < MOST_PLACES {
+            let (spi, queue) = (self.jobs.spi(), self.request.queue);
+            at.place = at
+                .places
+                .get_or_insert_with(|| Places::read(spi, queue, at.tenant, limit))
+                .take(spi, queue, at.tenant);
         }
+        at.full = at.place.is_none();
         at.place.as_ref().map(|place| Some(place.number))
+    }
+
+    /// The place that was taken has its job.
+    fn use_place(&mut self, at: &mut InTenant) {
+        self.places += usize::from(at.place.take().is_some());
     }
 
     /// The tenants in a circle, a share of each at a time, until there are enough jobs or a round gave none.
@@ -366,11 +399,10 @@ impl Claim<'_> {
 }
 
 impl InTenant<'_> {
-    /// The place that was taken has its job.
-    fn use_place(&mut self) {
-        if let Some(place) = self.place.take() {
-            self.used.push(place.number);
-        }
+    /// A job of this tenant that was in progress is not any more.
+    fn place_came_free(&mut self) {
+        self.full = false;
+        self.places = None;
     }
 }
 

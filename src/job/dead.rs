@@ -15,17 +15,12 @@ pub fn bury(spi: &Spi, job_id: i64, error: &str) {
          SELECT job_id, tenant, queue, key, kind, payload, priority, max_attempts, attempts, $2, holder, run_at, created_at,
                 claimed_at, pg_catalog.clock_timestamp()
          FROM gone
-         RETURNING queue, tenant, attempts",
+         RETURNING queue, tenant",
     );
     let rows = spi.write_latest(&BURY, &[Arg::from(job_id), Arg::from(error)]);
-    let (Some(queue), Some(tenant)) = (rows.get::<String>(0, 1), rows.get::<String>(0, 2)) else {
-        return;
-    };
-    let attempts: i32 = rows.get(0, 3).unwrap_or_default();
-    pgrx::log!(
-        "job {job_id} of queue \"{queue}\", tenant \"{tenant}\", is dead after {attempts} attempts: {error}"
-    );
-    queue::announce(&queue, &tenant);
+    if let (Some(queue), Some(tenant)) = (rows.get::<String>(0, 1), rows.get::<String>(0, 2)) {
+        queue::announce(&queue, &tenant);
+    }
 }
 
 pub fn requeue(job_id: i64) -> bool {

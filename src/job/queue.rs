@@ -1,6 +1,7 @@
 //! What was said of a queue: paused or not, how many jobs at once, how long failed ones wait.
 
 use pgrx::datum::Interval;
+use std::collections::HashSet;
 
 use crate::error::Error;
 use crate::guc;
@@ -9,7 +10,7 @@ use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup::{self, Event};
 
-/// The places of a queue are looked through one by one.
+/// The numbers of a queue's places in use are read by each claim.
 pub const MOST_IN_PROGRESS: i32 = 10_000;
 
 /// The number of the queue in the tenant; the three after it are its other lanes. Jobs carry it into dumps, so it is the same on
@@ -156,22 +157,43 @@ fn announce_everywhere(spi: &Spi, queue: &str) {
 macro_rules! tenant_after {
     ($bound:literal) => {
         concat!(
-            "SELECT LEAST((SELECT j.tenant FROM lockstep.jobs AS j
-                           WHERE j.queue = $1 AND j.token IS NULL ",
+            "WITH RECURSIVE clock (now) AS MATERIALIZED (
+                 SELECT pg_catalog.clock_timestamp()
+             ), r (tenant, lane, is_claimable) AS (
+                 (SELECT j.tenant, j.lane & ~3::bigint, false FROM lockstep.jobs AS j
+                  WHERE j.queue = $1 AND j.token IS NULL ",
             $bound,
             "
-                           ORDER BY j.tenant LIMIT 1),
+                  ORDER BY j.tenant LIMIT 1)
+                 UNION ALL
+                 SELECT n.*
+                 FROM r
+                 CROSS JOIN LATERAL (
+                     SELECT r.tenant, r.lane, true
+                     WHERE EXISTS (SELECT FROM lockstep.jobs AS o
+                                   WHERE o.lane BETWEEN r.lane AND r.lane + 1 AND o.queue = $1 AND o.tenant = r.tenant)
+                         OR EXISTS (SELECT FROM lockstep.jobs AS d
+                                    WHERE d.queue = $1 AND d.tenant = r.tenant AND d.delayed_until > 'epoch'
+                                        AND d.delayed_until <= (SELECT now FROM clock))
+                     UNION ALL
+                     (SELECT j.tenant, j.lane & ~3::bigint, false FROM lockstep.jobs AS j
+                      WHERE j.queue = $1 AND j.token IS NULL AND j.tenant > r.tenant
+                      ORDER BY j.tenant LIMIT 1)
+                     LIMIT 1) AS n
+                 WHERE NOT r.is_claimable
+             )
+             SELECT LEAST((SELECT r.tenant FROM r WHERE r.is_claimable),
                           (SELECT j.tenant FROM lockstep.jobs AS j
                            WHERE j.queue = $1 ",
             $bound,
             "
-                               AND j.claimed_until <= (SELECT pg_catalog.clock_timestamp())
+                               AND j.claimed_until <= (SELECT now FROM clock)
                            ORDER BY j.tenant LIMIT 1))"
         )
     };
 }
 
-/// The first of the tenants that have jobs in the queue, be they ready, delayed or expired.
+/// The first of the tenants that have jobs in the queue which are ready, due or expired.
 pub fn first_tenant(spi: &Spi, queue: &str) -> Option<String> {
     static FIRST: Plan = Plan::new(tenant_after!(""));
     spi.read(&FIRST, At::Latest, &[Arg::from(queue)]).get(0, 1)
@@ -183,7 +205,13 @@ pub fn next_tenant(spi: &Spi, queue: &str, after: &str) -> Option<String> {
     spi.read(&NEXT, At::Latest, &args).get(0, 1)
 }
 
-/// One of the places of a queue that has a limit, taken for this transaction.
+/// The free places of a queue that has a limit, as they were when they were read.
+pub struct Places {
+    /// The lowest last.
+    free: Vec<i32>,
+}
+
+/// One of them, taken for this transaction.
 pub struct Place {
     pub number: i32,
     tag: Tag,
@@ -196,42 +224,55 @@ impl Place {
     }
 }
 
-/// Takes a place of the queue that no job and no other claim has, if there is one. JOB_SLOT before the look: two claims that saw
-/// the same place free would meet in the index. `taken`: the places that the caller has.
-pub fn take_place(
-    spi: &Spi,
-    queue: &str,
-    tenant: &str,
-    limit: i32,
-    taken: &[i32],
-) -> Option<Place> {
-    // Jobs without a place are from before the limit: each counts for the last ones.
-    static FREE: Plan = Plan::new(
-        "SELECT p.n
-         FROM pg_catalog.generate_series(1, $3 - (SELECT pg_catalog.count(*)::int FROM lockstep.jobs AS j
-                                                  WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until IS NOT NULL
-                                                      AND j.slot IS NULL)) AS p (n)
-         WHERE NOT EXISTS (SELECT FROM lockstep.jobs AS j
-                           WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = p.n)",
-    );
-    static IS_FREE: Plan = Plan::new(
-        "SELECT NOT EXISTS (SELECT FROM lockstep.jobs AS j
-                            WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = $3)",
-    );
-    let args = [Arg::from(queue), Arg::from(tenant), Arg::from(limit)];
-    let rows = spi.read(&FREE, At::Latest, &args);
-    let free = (0..rows.count()).filter_map(|row| rows.get::<i32>(row, 1));
-    for number in free.filter(|number| !taken.contains(number)) {
-        let tag = Tag::job_slot(queue, tenant, number);
-        if !tag.try_acquire(Mode::Exclusive) {
-            continue;
+impl Places {
+    pub fn read(spi: &Spi, queue: &str, tenant: &str, limit: i32) -> Self {
+        static TAKEN: Plan = Plan::new(
+            "SELECT j.slot FROM lockstep.jobs AS j
+             WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until IS NOT NULL",
+        );
+        let rows = spi.read(&TAKEN, At::Latest, &[Arg::from(queue), Arg::from(tenant)]);
+        let taken: HashSet<i32> = (0..rows.count())
+            .filter_map(|row| rows.get(row, 1))
+            .collect();
+        let placeless = rows.count() - taken.len();
+        Places {
+            free: free_places(limit, &taken, placeless),
         }
-        let place = Place { number, tag };
-        let args = [Arg::from(queue), Arg::from(tenant), Arg::from(number)];
-        if spi.read(&IS_FREE, At::Latest, &args).get(0, 1) == Some(true) {
-            return Some(place);
-        }
-        place.release();
     }
-    None
+
+    /// Takes one that no job and no other claim has, if there is one. JOB_SLOT before the look: two claims that saw the same
+    /// place free would meet in the index.
+    pub fn take(&mut self, spi: &Spi, queue: &str, tenant: &str) -> Option<Place> {
+        static IS_FREE: Plan = Plan::new(
+            "SELECT NOT EXISTS (SELECT FROM lockstep.jobs AS j
+                                WHERE j.queue = $1 AND j.tenant = $2 AND j.slot = $3)",
+        );
+        while let Some(number) = self.free.pop() {
+            let tag = Tag::job_slot(queue, tenant, number);
+            if !tag.try_acquire(Mode::Exclusive) {
+                continue;
+            }
+            let place = Place { number, tag };
+            let args = [Arg::from(queue), Arg::from(tenant), Arg::from(number)];
+            if spi.read(&IS_FREE, At::Latest, &args).get(0, 1) == Some(true) {
+                return Some(place);
+            }
+            place.release();
+        }
+        None
+    }
+}
+
+/// Jobs that are from before the limit have no place, or one above it. Each of them counts for one of the last places.
+fn free_places(limit: i32, taken: &HashSet<i32>, placeless: usize) -> Vec<i32> {
+    let mut last = limit;
+    let mut beyond = placeless + taken.iter().filter(|number| **number > limit).count();
+    while last > 0 && last as usize + beyond > limit as usize {
+        beyond += usize::from(taken.contains(&last));
+        last -= 1;
+    }
+    (1..=last)
+        .rev()
+        .filter(|number| !taken.contains(number))
+        .collect()
 }

@@ -5,7 +5,7 @@
 //! not due, those without a key through the backlog of a busy one.
 //!
 //! A key with a long backlog fills the stream of those with a key. Past [`KEYED`] of them, [`KeyWalk`] asks the index of keys
-//! for one key after the other and the first job of each: busy or not, a key costs one look.
+//! for one key after the other, priority by priority, and the first job of each: busy or not, a key costs one look.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -107,6 +107,19 @@ impl Found {
         self.streams[2].clear();
     }
 
+    /// None of those with a key is wanted.
+    pub fn drop_keyed(&mut self) {
+        for stream in [0, 2] {
+            self.streams[stream].clear();
+            self.cut[stream] = false;
+        }
+    }
+
+    /// None of those without a key that were ready at once is wanted, down to that priority.
+    pub fn drop_keyless(&mut self, least: i32) {
+        self.streams[1].retain(|candidate| candidate.priority < least);
+    }
+
     pub fn take_expired(&mut self) -> VecDeque<Candidate> {
         std::mem::take(&mut self.streams[4])
     }
@@ -152,12 +165,9 @@ impl Found {
 
 /// How many with a key are read, besides those wanted, before the search goes from key to key.
 pub const KEYED: usize = 64;
-/// How many keys are looked at together.
-const KEYS: i32 = 256;
-
 /// Up to `depth` of each stream, of those with a key not many more than `wanted`.
 pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize) -> Found {
-    // The last only tells whether there is anything that a clock must be asked about.
+    // The last only tells whether anything is due.
     static SEARCH: Plan = Plan::new(
         "(SELECT j.job_id, j.key, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint, j.retry_id > 0, 0, j.kind
           FROM lockstep.jobs AS j
@@ -176,7 +186,9 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
          UNION ALL
          (SELECT 0, NULL, 0, 0, false, 2, NULL
           FROM lockstep.jobs AS j
-          WHERE j.lane BETWEEN $6 + 2 AND $6 + 3 AND j.queue = $1 AND j.tenant = $2 LIMIT 1)",
+          WHERE j.queue = $1 AND j.tenant = $2 AND j.delayed_until > 'epoch'
+              AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
+          LIMIT 1)",
     );
     let most_keyed = wanted + KEYED;
     let keyed = depth.min(most_keyed);
@@ -192,7 +204,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
     ];
     let rows = spi.read(&SEARCH, At::Latest, &args);
     let mut streams = vec![VecDeque::new(); STREAMS];
-    let mut delayed = false;
+    let mut some_are_due = false;
     for row in 0..rows.count() {
         let stream: i32 = rows.get(row, 6).unwrap_or_default();
         let source = match stream {
@@ -200,7 +212,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
             1 => Source::Keyless,
             4 => Source::Expired,
             _ => {
-                delayed = true;
+                some_are_due = true;
                 continue;
             }
         };
@@ -208,7 +220,7 @@ pub fn search(spi: &Spi, queue: &str, tenant: &str, wanted: usize, depth: usize)
             streams[stream as usize].push_back(candidate);
         }
     }
-    if delayed {
+    if some_are_due {
         streams[2] = due(spi, queue, tenant, lane + 2, keyed);
         streams[3] = due(spi, queue, tenant, lane + 3, depth);
     }
@@ -274,139 +286,186 @@ thread_local! {
     static LAST_KEY: RefCell<HashMap<(String, String), String>> = RefCell::new(HashMap::new());
 }
 
-/// A walk from key to key, in a circle that begins after the key at which the last such walk of this session ended.
+/// A walk from key to key, from the highest priority to the lowest; of each, in a circle that begins after the key at which the last
+/// such walk of this session ended, so that no key waits for ever behind others of its priority.
 pub struct KeyWalk<'a> {
     queue: &'a str,
     tenant: &'a str,
     begin: String,
-    after: String,
-    wrapped: bool,
+    at: Step,
     over: bool,
 }
+
+/// A key of a priority. `wrapped`: in the second part of the circle.
+struct Step {
+    priority: i64,
+    wrapped: bool,
+    key: String,
+}
+
+/// How many keys are looked at together.
+const KEYS: i32 = 256;
 
 impl<'a> KeyWalk<'a> {
     pub fn new(queue: &'a str, tenant: &'a str) -> Self {
         let name = (queue.to_owned(), tenant.to_owned());
         let begin = LAST_KEY.with_borrow(|keys| keys.get(&name).cloned());
-        let begin = begin.unwrap_or_default();
         KeyWalk {
             queue,
             tenant,
-            after: begin.clone(),
-            wrapped: begin.is_empty(),
-            begin,
+            begin: begin.unwrap_or_default(),
+            at: Step {
+                priority: i64::from(i32::MAX) + 1,
+                wrapped: true,
+                key: String::new(),
+            },
             over: false,
         }
     }
 
-    /// The first job of each of the next keys, the best first; None at the end.
+    /// The first job of each of the next keys where nothing is in progress or something expired, the best first; None at the end.
     pub fn next(&mut self, spi: &Spi) -> Option<Vec<Candidate>> {
-        const QUEUES: usize = 1000;
+        // From one step to the next: a later key of the priority, the circle's second part, the next priority, though all of its jobs
+        // be without a key. BETWEEN, and not =, or the order would be one that the primary key has too.
+        static WALK: Plan = Plan::new(
+            "WITH RECURSIVE k (priority, wrapped, key, n) AS (
+                 SELECT $4, $5, $6, 0
+                 UNION ALL
+                 SELECT s.*, k.n + 1
+                 FROM k
+                 CROSS JOIN LATERAL (
+                     (SELECT k.priority, false, j.key FROM lockstep.jobs AS j
+                      WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = k.priority AND NOT k.wrapped
+                          AND j.key > k.key
+                      ORDER BY j.key LIMIT 1)
+                     UNION ALL
+                     (SELECT k.priority, true, j.key FROM lockstep.jobs AS j
+                      WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = k.priority AND NOT k.wrapped
+                          AND j.key <= $3
+                      ORDER BY j.key LIMIT 1)
+                     UNION ALL
+                     (SELECT k.priority, true, j.key FROM lockstep.jobs AS j
+                      WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = k.priority AND k.wrapped
+                          AND j.key > k.key AND j.key <= $3
+                      ORDER BY j.key LIMIT 1)
+                     UNION ALL
+                     (SELECT p.priority, f.*
+                      FROM (SELECT j.priority::bigint FROM lockstep.jobs AS j
+                            WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority < k.priority
+                            ORDER BY j.priority DESC LIMIT 1) AS p
+                      CROSS JOIN LATERAL (
+                          (SELECT false, j.key FROM lockstep.jobs AS j
+                           WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = p.priority AND j.key > $3
+                           ORDER BY j.key LIMIT 1)
+                          UNION ALL
+                          (SELECT true, j.key FROM lockstep.jobs AS j
+                           WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = p.priority AND j.key <= $3
+                           ORDER BY j.key LIMIT 1)
+                          UNION ALL
+                          SELECT true, NULL
+                          LIMIT 1) AS f)
+                     LIMIT 1) AS s (priority, wrapped, key)
+                 WHERE k.n < $7
+             )
+             SELECT f.job_id, k.key, f.priority, f.run_at, f.failed, 0, f.kind, k.priority, k.wrapped
+             FROM k
+             LEFT JOIN LATERAL (
+                 SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at,
+                        j.retry_id > 0 AS failed, j.kind
+                 FROM lockstep.jobs AS j
+                 WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.priority = k.priority
+                     AND j.key BETWEEN k.key AND k.key AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
+                     AND COALESCE((SELECT b.claimed_until <= pg_catalog.clock_timestamp() FROM lockstep.jobs AS b
+                                   WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.key IS NOT NULL
+                                       AND b.state = 'in_progress'), true)
+                 ORDER BY j.key, j.job_id LIMIT 1
+             ) AS f ON true
+             WHERE k.n > 0",
+        );
         if self.over {
             return None;
         }
-        let (mut candidates, last, is_end) =
-            first_of_keys(spi, self.queue, self.tenant, &self.after);
+        let args = [
+            Arg::from(self.queue),
+            Arg::from(self.tenant),
+            Arg::from(self.begin.as_str()),
+            Arg::from(self.at.priority),
+            Arg::from(self.at.wrapped),
+            Arg::from(self.at.key.as_str()),
+            Arg::from(KEYS),
+        ];
+        let rows = spi.read(&WALK, At::Latest, &args);
+        let mut candidates: Vec<Candidate> = (0..rows.count())
+            .filter_map(|row| Candidate::read(&rows, row, Source::Keyed))
+            .collect();
         candidates.sort_by_key(|c| (std::cmp::Reverse(c.priority), c.run_at, c.job_id));
+        self.over = rows.count() < KEYS as usize;
+        if !self.over {
+            let last = rows.count() - 1;
+            self.at = Step {
+                priority: rows.get(last, 8)?,
+                wrapped: rows.get(last, 9)?,
+                key: rows.get(last, 2).unwrap_or_default(),
+            };
+        }
+        self.remember();
+        Some(candidates)
+    }
+
+    fn remember(&self) {
+        const QUEUES: usize = 1000;
         LAST_KEY.with_borrow_mut(|keys| {
             if keys.len() >= QUEUES {
                 keys.clear();
             }
             let name = (self.queue.to_owned(), self.tenant.to_owned());
-            match &last {
-                Some(last) if !is_end => keys.insert(name, last.clone()),
-                _ => keys.remove(&name),
+            if self.over {
+                keys.remove(&name);
+            } else {
+                keys.insert(name, self.at.key.clone());
             }
         });
-        let has_begin = last.as_ref().is_none_or(|last| *last >= self.begin);
-        self.over = self.wrapped && (is_end || (!self.begin.is_empty() && has_begin));
-        self.wrapped |= is_end;
-        self.after = last.filter(|_| !is_end).unwrap_or_default();
-        Some(candidates)
     }
 }
 
-/// The first job of each of the next keys after one, where nothing is in progress or something expired; the last key looked at;
-/// whether there are no more.
-fn first_of_keys(
-    spi: &Spi,
-    queue: &str,
-    tenant: &str,
-    after: &str,
-) -> (Vec<Candidate>, Option<String>, bool) {
-    static WALK: Plan = Plan::new(
-        "WITH RECURSIVE k (key, n) AS (
-             (SELECT j.key, 1 FROM lockstep.jobs AS j
-              WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > $3
-              ORDER BY j.key LIMIT 1)
-             UNION ALL
-             SELECT n.key, k.n + 1
-             FROM k
-             CROSS JOIN LATERAL (
-                 SELECT j.key FROM lockstep.jobs AS j
-                 WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key > k.key
-                 ORDER BY j.key LIMIT 1) AS n
-             WHERE k.n < $4
-         )
-         SELECT f.job_id, k.key, f.priority, f.run_at, f.failed, 0, f.kind
-         FROM k
-         LEFT JOIN LATERAL (
-             SELECT j.job_id, j.priority, (EXTRACT(epoch FROM j.run_at)::float8 * 1000000)::bigint AS run_at, j.retry_id > 0 AS failed,
-                    j.kind
-             FROM lockstep.jobs AS j
-             WHERE j.queue = $1 AND j.tenant = $2 AND j.token IS NULL AND j.key IS NOT NULL AND j.key = k.key
-                 AND j.delayed_until <= (SELECT pg_catalog.clock_timestamp())
-                 AND COALESCE((SELECT b.claimed_until <= pg_catalog.clock_timestamp() FROM lockstep.jobs AS b
-                               WHERE b.queue = $1 AND b.tenant = $2 AND b.key = k.key AND b.key IS NOT NULL
-                                   AND b.state = 'in_progress'), true)
-             ORDER BY j.priority DESC, j.job_id LIMIT 1
-         ) AS f ON true",
-    );
-    let args = [
-        Arg::from(queue),
-        Arg::from(tenant),
-        Arg::from(after),
-        Arg::from(KEYS),
-    ];
-    let rows = spi.read(&WALK, At::Latest, &args);
-    let candidates = (0..rows.count())
-        .filter_map(|row| Candidate::read(&rows, row, Source::Keyed))
-        .collect();
-    let last = rows.count().checked_sub(1).and_then(|row| rows.get(row, 2));
-    (candidates, last, rows.count() < KEYS as usize)
-}
-
-/// Microseconds until time alone can make a job claimable: the next that becomes due, the next claim that expires.
-pub fn next_time(spi: &Spi, queue: &str, tenant: &str) -> Option<i64> {
+/// Microseconds until time alone can make a job claimable: the next that becomes due, the next claim that expires. `tenant` None: of
+/// any.
+pub fn next_time(spi: &Spi, queue: &str, tenant: Option<&str>) -> Option<i64> {
     static NEXT: Plan = Plan::new(
-        "WITH RECURSIVE p (lane, priority) AS (
-             SELECT l.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.lane = l.lane AND j.queue = $1 AND j.tenant = $2
-                             ORDER BY j.priority DESC LIMIT 1)
-             FROM (VALUES ($3 + 2), ($3 + 3)) AS l (lane)
-             UNION ALL
-             SELECT p.lane, (SELECT j.priority FROM lockstep.jobs AS j
-                             WHERE j.lane = p.lane AND j.queue = $1 AND j.tenant = $2
-                                 AND j.priority < p.priority
-                             ORDER BY j.priority DESC LIMIT 1)
-             FROM p WHERE p.priority IS NOT NULL
-         )
-         SELECT (EXTRACT(epoch FROM LEAST(
-             (SELECT pg_catalog.min(d.delayed_until)
-              FROM p
-              CROSS JOIN LATERAL (SELECT j.delayed_until FROM lockstep.jobs AS j
-                                  WHERE j.lane = p.lane AND j.queue = $1 AND j.tenant = $2
-                                      AND j.priority = p.priority
-                                      AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
-                                  ORDER BY j.delayed_until LIMIT 1) AS d),
+        "SELECT (EXTRACT(epoch FROM LEAST(
+             (SELECT j.delayed_until FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.tenant = $2 AND j.delayed_until > 'epoch'
+                  AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
+              ORDER BY j.delayed_until LIMIT 1),
              (SELECT j.claimed_until FROM lockstep.jobs AS j
               WHERE j.queue = $1 AND j.tenant = $2 AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())
               ORDER BY j.claimed_until LIMIT 1)) - pg_catalog.clock_timestamp()) * 1000000)::bigint",
     );
-    let args = [
-        Arg::from(queue),
-        Arg::from(tenant),
-        Arg::from(queue::lane(queue, tenant)),
-    ];
-    spi.read(&NEXT, At::Latest, &args).get(0, 1)
+    static NEXT_OF_ANY: Plan = Plan::new(
+        "WITH RECURSIVE t (tenant) AS (
+             (SELECT j.tenant FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.delayed_until > 'epoch'
+              ORDER BY j.tenant LIMIT 1)
+             UNION ALL
+             SELECT (SELECT j.tenant FROM lockstep.jobs AS j
+                     WHERE j.queue = $1 AND j.delayed_until > 'epoch' AND j.tenant > t.tenant
+                     ORDER BY j.tenant LIMIT 1)
+             FROM t WHERE t.tenant IS NOT NULL
+         )
+         SELECT (EXTRACT(epoch FROM LEAST(
+             (SELECT pg_catalog.min(d.delayed_until)
+              FROM t
+              CROSS JOIN LATERAL (SELECT j.delayed_until FROM lockstep.jobs AS j
+                                  WHERE j.queue = $1 AND j.tenant = t.tenant AND j.delayed_until > 'epoch'
+                                      AND j.delayed_until > (SELECT pg_catalog.clock_timestamp())
+                                  ORDER BY j.delayed_until LIMIT 1) AS d),
+             (SELECT pg_catalog.min(j.claimed_until) FROM lockstep.jobs AS j
+              WHERE j.queue = $1 AND j.claimed_until > (SELECT pg_catalog.clock_timestamp())))
+             - pg_catalog.clock_timestamp()) * 1000000)::bigint",
+    );
+    let rows = match tenant {
+        Some(tenant) => spi.read(&NEXT, At::Latest, &[Arg::from(queue), Arg::from(tenant)]),
+        None => spi.read(&NEXT_OF_ANY, At::Latest, &[Arg::from(queue)]),
+    };
+    rows.get(0, 1)
 }

@@ -35,13 +35,11 @@ fn look(queue: &str, tenant: Option<&str>) -> (Look, bool) {
     if jobs.count() > 0 {
         return (Look::There, false);
     }
-    let time = match tenant {
-        Some(tenant) if !queue::settings(jobs.spi(), queue, tenant).paused => {
-            search::next_time(jobs.spi(), queue, tenant)
-        }
-        // Of every tenant it would take a look at each.
-        _ => return (Look::NotYet(Some(wakeup::poll_interval())), true),
-    };
+    let spi = jobs.spi();
+    if tenant.is_some_and(|tenant| queue::settings(spi, queue, tenant).paused) {
+        return (Look::NotYet(Some(wakeup::poll_interval())), true);
+    }
+    let time = search::next_time(spi, queue, tenant);
     let time =
         time.map(|left| Duration::from_micros(left.max(0) as u64) + Duration::from_millis(1));
     (Look::NotYet(time), true)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,15 +14,35 @@ from server import SERVER_USER, _free_port, wait_until
 PROGRAM = shutil.which("pgbouncer", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
 
 
+class Pool:
+    """What is known of a running one, and a way through it."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, port):
+        self.port = port
+
+    def connect(self, dbname, **options):
+        options = {"host": self.host, "port": self.port, "user": "postgres", "prepare_threshold": None} | options
+        return psycopg.connect(dbname=dbname, autocommit=True, **options)
+
+    def accepts(self):
+        try:
+            self.connect("postgres").close()
+            return True
+        except psycopg.OperationalError:
+            return False
+
+
 @contextlib.contextmanager
 def pgbouncer(cluster, **settings):
-    """Starts one in transaction mode; gives a function that connects through it to a database."""
+    """Starts one in transaction mode; gives the `Pool`."""
     assert PROGRAM, "pgbouncer is not installed: make setup"
     directory = Path(tempfile.mkdtemp(prefix="lockstep.", dir="/tmp"))
-    port = _free_port()
+    pool = Pool(_free_port())
     settings = {
-        "listen_addr": "127.0.0.1",
-        "listen_port": port,
+        "listen_addr": pool.host,
+        "listen_port": pool.port,
         "unix_socket_dir": "",
         "auth_type": "any",
         "pool_mode": "transaction",
@@ -36,21 +57,11 @@ def pgbouncer(cluster, **settings):
         command = ["runuser", "-u", SERVER_USER, "--", *command]
     process = subprocess.Popen(command, cwd="/")
 
-    def connect(dbname, **options):
-        options = {"host": "127.0.0.1", "port": port, "user": "postgres", "prepare_threshold": None} | options
-        return psycopg.connect(dbname=dbname, autocommit=True, **options)
-
-    def accepts():
-        try:
-            connect("postgres").close()
-            return True
-        except psycopg.OperationalError:
-            return False
-
     try:
-        wait_until(accepts)
-        yield connect
+        wait_until(pool.accepts)
+        yield pool
     finally:
-        process.terminate()
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((directory / "pid").read_text()), signal.SIGTERM)  # runuser would take its time to pass it on
         process.wait(20)
         shutil.rmtree(directory, ignore_errors=True)

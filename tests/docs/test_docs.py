@@ -1,10 +1,10 @@
 """The documentation is run: what a page shows is what the server prints, and nothing public is missing from it.
 
 How a page is read:
-- The blocks marked `sql`, `python` and `js` run in the order of the page, in one psql session and one fresh database.
+- The blocks in the languages of RUN run in the order of the page, in one psql session and one fresh database.
 - A block marked `text` directly after one is its output. Times, runs of spaces and the rules of tables are not compared.
 - An error is only accepted where it is shown. It is printed as by psql with VERBOSITY verbose, without the LOCATION line.
-- Python and Node connect with libpq's environment variables. All other blocks (`text` elsewhere, `sh` but for one) are not looked at.
+- Programs find the database by libpq's environment variables. All other blocks (`text` elsewhere, `sh` but for one) are not looked at.
 - Pages run on a server without the library preloaded, all but that of the workers.
 """
 
@@ -13,23 +13,17 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
-from itertools import zip_longest
-from pathlib import Path
 
+import programs
 import pytest
+from pages import FENCE, PAGES, README, blocks_of
+from programs import ROOT
 from psycopg import sql
 from server import BINDIR, wait_until
 from sessions import push
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-NODE = Path(sys.executable).with_name("node")
-NODE_MODULES = Path(sys.executable).parents[1] / "node" / "node_modules"
-PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 WORKER_PAGE = ROOT / "docs" / "worker.md"
-
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = ("sql", "python", "js", "java", "rust", "go", "bash")
 NOISE = [
     (re.compile(r"^LOCATION: .*\n", re.MULTILINE), ""),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?[+-]\d\d(:\d\d)?"), "TIME"),
@@ -40,28 +34,18 @@ NOISE = [
 ]
 
 
-class Block:
-    def __init__(self, page, match, following):
-        self.page = page
-        self.line = page.count("\n", 0, match.start()) + 1
-        self.language, self.body = match.groups()
-        directly = following and not page[match.end() : following.start()].strip()
-        self.output = following[2] if directly and following[1] == "text" else None
-
-    def script(self, directory):
-        if self.language == "sql":
-            return self.body
-        file = directory / f"line_{self.line}.{self.language}"
-        file.write_text(self.body)
-        program = {"python": sys.executable, "js": str(NODE)}[self.language]
-        return f"\\! {shlex.join([program, str(file)])} || echo 'ERROR: {self.language} ended with a failure'\n"
+def script(block, directory):
+    """What psql is to do for a block."""
+    if block.language == "sql":
+        return block.body
+    file = directory / f"line_{block.line}.{block.language}"
+    file.write_text(block.body)
+    command = programs.command(block.language, file, directory)
+    return f"\\! {shlex.join(map(str, command))} || echo 'ERROR: {block.language} ended with a failure'\n"
 
 
-def blocks_of(path):
-    page = path.read_text()
-    matches = list(FENCE.finditer(page))
-    blocks = [Block(page, match, following) for match, following in zip_longest(matches, matches[1:])]
-    return [block for block in blocks if block.language in ("sql", "python", "js")]
+def blocks_to_run(path):
+    return blocks_of(path, *RUN)
 
 
 def comparable(text):
@@ -87,11 +71,11 @@ def roles(db):
 
 def run(db, blocks, directory):
     """The output of each block, as text."""
-    script = "\\set VERBOSITY verbose\n\\pset pager off\n"
+    whole = "\\set VERBOSITY verbose\n\\pset pager off\n"
     for block in blocks:
-        script += f"\\echo <<<{block.line}\n{block.script(directory)}\n\\echo >>>\n"
+        whole += f"\\echo <<<{block.line}\n{script(block, directory)}\n\\echo >>>\n"
     result = subprocess.run(
-        [BINDIR / "psql", "-X", "-q"], env=environment_of(db), input=script, text=True,
+        [BINDIR / "psql", "-X", "-q"], env=programs.environment(db), input=whole, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
     )  # fmt: skip
     outputs = dict(re.findall(r"^<<<(\d+)\n(.*?)^>>>$", result.stdout, re.MULTILINE | re.DOTALL))
@@ -99,20 +83,7 @@ def run(db, blocks, directory):
     return [outputs[str(block.line)] for block in blocks]
 
 
-def environment_of(db):
-    """What tells a client where the database is."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
-        "PGHOST": str(db.cluster.host),
-        "PGPORT": str(db.cluster.port),
-        "PGUSER": "postgres",
-        "PGDATABASE": db.name,
-        "PGTZ": "UTC",
-        "NODE_PATH": str(NODE_MODULES),
-        "LC_ALL": "C.UTF-8",
-    }
-
-
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks_of(path) and path != WORKER_PAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks_to_run(path) and path != WORKER_PAGE], ids=lambda path: path.name)
 def test_a_page_shows_what_the_server_prints(path, db, roles, tmp_path):
     check(path, db, tmp_path)
 
@@ -123,7 +94,7 @@ def test_the_workers_page_shows_what_a_server_with_workers_prints(cluster, new_d
 
 
 def check(path, db, tmp_path):
-    blocks = blocks_of(path)
+    blocks = blocks_to_run(path)
     wrong = []
     for block, output in zip(blocks, run(db, blocks, tmp_path), strict=True):
         where = f"{path.name}, line {block.line}"
@@ -145,8 +116,7 @@ def test_the_shell_loop_applies_what_is_pushed(db):
         SELECT lockstep.projection_create('seen', handler => 'public.see(lockstep.events)')"""
     )
     pushed = [push(session), push(session, tenant="another")]
-    environment = environment_of(db)
-    environment["PATH"] = f"{BINDIR}:{environment['PATH']}"
+    environment = programs.environment(db)
     process = subprocess.Popen(["sh", "-c", loop], env=environment, start_new_session=True)
 
     def seen():
@@ -164,12 +134,13 @@ def test_the_shell_loop_applies_what_is_pushed(db):
 
 def test_the_pages_have_blocks_to_run():
     pages = {"README.md": set(), "docs/event_log.md": set(), "docs/projection.md": set(), "docs/lease.md": {"js"}}
+    pages["docs/clients.md"] = set(RUN) - {"sql", "python"}
     for name, more in pages.items():
         path = ROOT / name
-        languages = {block.language for block in blocks_of(path)}
+        languages = {block.language for block in blocks_to_run(path)}
         assert languages == {"sql", "python"} | more, path.name
-        assert any(block.output for block in blocks_of(path)), path.name
-    assert any(block.output for block in blocks_of(WORKER_PAGE))
+        assert any(block.output for block in blocks_to_run(path)), path.name
+    assert any(block.output for block in blocks_to_run(WORKER_PAGE))
 
 
 def test_a_wrong_output_is_noticed():

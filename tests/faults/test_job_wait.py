@@ -101,6 +101,31 @@ def test_it_does_not_call_a_worker_for_what_another_is_just_claiming(database):
     assert elapsed(waiting) < 5, "a claim that is rolled back wakes"
 
 
+def test_a_claim_that_is_rolled_back_to_a_savepoint_wakes(database):
+    waiter, session = database.connect(), database.connect()
+    session.execute("SELECT lockstep.job_enqueue('q', 'k', 'a')")
+    with session.transaction():
+        with session.transaction(force_rollback=True):
+            assert len(session.execute("SELECT FROM lockstep.job_claim('q', 'w')").fetchall()) == 1
+            waiting = start(wait, waiter)
+            sleeps(database.connect(), waiter)
+        assert elapsed(waiting) < 5
+
+
+@pytest.mark.parametrize("what", ["delayed", "expiring"])
+def test_for_any_tenant_it_sleeps_no_longer_than_until_time_brings_a_job(database, what):
+    waiter, session = database.connect(), database.connect()
+    session.execute("SELECT lockstep.job_enqueue('q', 'k', 'a', delay => '1 hour')")
+    if what == "delayed":
+        session.execute("SELECT lockstep.job_enqueue('q', 'k', 'a', delay => '1 second', tenant => 't')")
+    else:
+        session.execute("SELECT lockstep.job_enqueue('q', 'k', 'a', tenant => 't')")
+        session.execute("SELECT lockstep.job_claim('q', 'w', ttl => '1 second', tenant => 't')")
+    begun = time.monotonic()
+    assert wait(waiter, tenant=None) is True
+    assert 0.5 < time.monotonic() - begun < 5
+
+
 def test_what_has_no_attempts_left_is_buried_and_does_not_end_it(database):
     waiter, session = database.connect(), database.connect()
     session.execute("SELECT lockstep.job_enqueue('q', 'k', 'a', max_attempts => 1)")

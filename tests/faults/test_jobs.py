@@ -109,6 +109,48 @@ def test_a_claim_does_not_read_through_jobs_that_are_not_due(db):
     assert 0 < read < 100
 
 
+def test_a_claim_reads_once_past_the_jobs_that_an_open_claim_has(db):
+    session, other = db.connect(), db.connect()
+    session.execute("SELECT lockstep.job_enqueue('q', NULL, n::text) FROM generate_series(1, 2000) AS n")
+    assert claim(session) != []  # plans it
+    session.execute("VACUUM ANALYZE lockstep.jobs")
+    with other.transaction():
+        assert len(claim(other, max_jobs=5000)) == 1999
+        forget(session)
+        with session.transaction():
+            assert claim(session) == []
+            read = rows_read(session)
+    assert 0 < read < 50_000
+
+
+def test_a_claim_that_has_as_many_keys_as_it_can_have_looks_at_no_more(db):
+    session = db.connect()
+    session.execute("SELECT lockstep.job_enqueue('q', n::text, 'a') FROM generate_series(1, 20000) AS n")
+    enqueue(session, None, "last")
+    session.execute("VACUUM ANALYZE lockstep.jobs")
+    forget(session)
+    with session.transaction():
+        jobs = claim(session, max_jobs=1500)
+        read = rows_read(session)
+    assert (len(jobs), jobs[-1][2]) == (1001, "last")
+    assert 0 < read < 20_000
+
+
+def test_a_claim_in_any_tenant_takes_no_look_into_those_where_nothing_is_due(db):
+    session = db.connect()
+    session.execute(
+        "SELECT lockstep.job_enqueue('q', NULL, 'a', delay => '1 hour', tenant => n::text) FROM generate_series(1, 2000) AS n"
+    )
+    enqueue(session, "k", tenant="999999")
+    enqueue(session, "k", delay="1 microsecond", tenant="0")
+    session.execute("VACUUM ANALYZE lockstep.jobs")
+    forget(session)
+    with session.transaction():
+        assert len(claim(session, max_jobs=5, tenant=None)) == 2
+        read = rows_read(session)
+    assert 0 < read < 30_000
+
+
 def test_acknowledging_by_id_reads_one_row_however_many_are_in_progress(db):
     session = db.connect()
     enqueue(session, "first")
