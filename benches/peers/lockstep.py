@@ -72,7 +72,7 @@ PEER = Log(
     append="SELECT * FROM lockstep.push_event('order', :aggregate, 'paid', :payload, :sequence - 1);\n",
     hot="SELECT * FROM lockstep.push_event('order', 'hot', 'paid', :payload);\n",
     batch=batch,
-    committed="SELECT position FROM lockstep.events",
+    committed="SELECT position FROM lockstep.events WHERE tenant = ''",
     reset=f"TRUNCATE lockstep.events; {REWIND}",
     rewind=REWIND,
     fill=FILL,
