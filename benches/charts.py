@@ -1,6 +1,7 @@
 """The results as SVG, a chart for each topic: the ratio to the control, its range, and what was lost. The same results give the same bytes."""
 
 from itertools import groupby
+from textwrap import fill
 
 import matplotlib
 
@@ -10,7 +11,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E4
 
 import report  # noqa: E402
 
-COLOURS = ["#0b6e4f", "#c8553d", "#3d5a80", "#e0a030", "#7a5195", "#5f7470"]
+# lockstep first; as many as a run has systems.
+COLOURS = [
+    "#0b6e4f", "#c8553d", "#3d5a80", "#e0a030", "#7a5195", "#8d99ae", "#5bc0be", "#9c6644", "#ef476f", "#a7c957", "#222222", "#f4a6c0",
+]  # fmt: skip
 STYLE = {
     "svg.hashsalt": "lockstep", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.spines.left": False,
@@ -63,7 +67,7 @@ def chart(topic, rows, colour, caption):
     if any(cell["goal"] and cell["goal"]["of"] == "ratio" for cell, *_ in rows):
         handles.append(pyplot.Line2D([], [], color="black", marker="|", markersize=11, linestyle="", label="lockstep's goal"))
     figure.legend(handles=handles, loc="outside upper right", ncols=min(3, len(handles)), frameon=False)
-    figure.supxlabel(caption, fontsize=6, color="#555555", wrap=True)
+    figure.supxlabel(fill(caption, 150), fontsize=6, color="#555555")
     return figure
 
 
