@@ -1,8 +1,9 @@
 # The verbs; what they do is in tools/. PG_CONFIG=/path/to/pg_config names a server of yours in place of the embedded one.
 export PG_CONFIG
+MINUTES ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-upgraded test-dockerfile test-package check install package matrix release bench stop clean
+.PHONY: help setup demo test test-all test-upgraded test-dockerfile test-package check install package matrix release bench bench-quick stop clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +45,11 @@ matrix: ## Run every test on each supported PostgreSQL version
 release: setup ## Keep the SQL of the current version, as part of releasing it
 	@tools/release freeze
 
-bench: setup ## Measure the speed against plain tables
-	@tools/bench
+bench: setup ## Measure lockstep and its peers side by side (MINUTES=120 is the time that it may take)
+	@tools/bench --minutes $(MINUTES)
+
+bench-quick: setup ## The same for a few cells, in 3 minutes
+	@tools/bench --quick
 
 stop: ## Stop and delete the demonstration's server
 	@tools/server remove

@@ -1,0 +1,46 @@
+"""From commit to applied."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+from cells.worker import applied, following, listener, wait_until
+from logs import Log
+from measure import Goal, Measurement
+from peers import followed, listen_notify
+from schedule import Cell, Subject
+
+CLIENTS = 4
+WORKERS = Log(followed.PEER, "latency")
+NOTIFYING = Log(replace(followed.PEER, append=listen_notify.APPEND), "latency", "_notify")
+
+# By the server's own record of commits: until the commit record of what was applied, from that of the push, which is written before the push's
+# flush. The warm-up is left out.
+LATENCY = """WITH pair AS (
+    SELECT e.created_at, pg_xact_commit_timestamp(a.xmin) - pg_xact_commit_timestamp(e.xmin) AS waited
+    FROM bench.applied AS a JOIN lockstep.events AS e ON e.tenant = '' AND e.position = a.position
+)
+SELECT (extract(epoch FROM percentile_disc(0.99) WITHIN GROUP (ORDER BY waited)) * 1000)::float,
+    (extract(epoch FROM percentile_disc(0.5) WITHIN GROUP (ORDER BY waited)) * 1000)::float
+FROM pair WHERE created_at > (SELECT min(created_at) FROM pair) + interval '1 second'"""
+
+
+def measure(bench, rate, workers):
+    """Milliseconds at the 99th percentile."""
+    log = WORKERS if workers else NOTIFYING
+    log.reset()
+    if workers:
+        wait_until(log, "lockstep.workers_are_on()")
+    with following(log, "bench_worker" if workers else "postgres"), nullcontext() if workers else listener(log):
+        log.write(bench.window, CLIENTS, rate=rate).finish()
+        lost, doubled = applied(log)
+        p99, p50 = log.sql(LATENCY)[0]
+    return Measurement(p99, lost, doubled, 0, {"p50": p50})
+
+
+def cells(bench):
+    for rate in 100, 1000:
+        yield Cell(
+            "latency", f"commit to applied, p99, {rate:,} pushes a second", "ms", "LISTEN/NOTIFY and a client", partial(measure, bench, rate, False),
+            [Subject("lockstep", partial(measure, bench, rate, True))], Goal(most=5, of="value", unit="ms"), less_is_better=True, extra=3,
+        )  # fmt: skip

@@ -1,0 +1,46 @@
+"""What lockstep is measured against, one file each. A peer has a database of its own, its own schema and its own way of use.
+
+A file in SQL and Python defines PEER, a `Log`: its schema, its statement to append an event, how a consumer takes its turn. Whatever
+its way, a consumer writes what it was passed to bench.applied in the transaction that moves its cursor, if the peer has one: that is the
+read model, and what the oracle compares with the log in the end.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+CONSUMERS = 64
+
+# The read model, the same for all.
+APPLIED = """
+CREATE SCHEMA IF NOT EXISTS bench;
+CREATE TABLE bench.applied (consumer int NOT NULL, position numeric NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Log:
+    name: str
+    schema: str  # SQL; it has bench.turn(consumer int, batch int, each boolean): applies a batch, returns how many events
+    append: str  # pgbench: one event to :aggregate with :payload, which is its :sequence-th
+    before: str = field(default="", kw_only=True)  # pgbench: what a writer's transaction does first
+    committed: str  # SQL: the positions of the committed events
+    reset: str  # SQL: an empty log, {consumers} consumers at its beginning
+    hot: str = ""  # pgbench: one event to the aggregate 'hot', whatever its sequence
+    batch: object = None  # function: a statement of pgbench for a list of aggregates
+    fill: tuple = ()  # SQL with {events}: statements that make a log of so many events, 10 of each aggregate
+    rewind: str = ""  # SQL: consumers at the beginning of the log as it is
+    turn: str = "SELECT bench.turn(:client_id + 1, {batch}, {each});"
+    settle: str = ""  # SQL: what makes the last events known to consumers, where the peer has such a thing
+    options: str = ""  # for the server, in PGOPTIONS
+    own_schema: bool = False  # the client library makes its schema itself
+
+
+def payload(size):
+    """JSON of so many bytes: an order, padded by a text that does not compress away as one letter would."""
+    order = {"amount": 1250, "currency": "EUR", "customer": "c-7391", "text": ""}
+    text = "".join(f"{n * 2654435761 % 4294967296:08x}" for n in range(size // 8 + 1))
+    return json.dumps(order | {"text": text[: size - len(json.dumps(order))]})
+
+
+def literal(text):
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,176 @@
+"""The results as JSON, as Markdown, and as the README's paragraph."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+
+from measure import Goal, as_json, from_json, summarize
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# Of each topic's chart, what the README shows, in this order.
+IN_README = ("loss", "stall", "append", "growth")
+BEGIN, END = "<!-- written by tools/bench --charts: begin -->\n", "<!-- written by tools/bench --charts: end -->\n"
+
+
+def default_place():
+    return Path(os.environ.get("LOCKSTEP_STATE", ROOT / ".state")) / "results" / "bench.json"
+
+
+def facts(servers, bench, rounds, seed, said, arguments):
+    """What somebody needs to judge the figures, or to get them again."""
+    git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    settings = "SELECT name, setting || coalesce(unit, '') FROM pg_settings WHERE source = 'configuration file' AND name NOT LIKE 'unix_socket%' ORDER BY 1"
+    return {
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "plan": said,
+        "seed": seed,
+        "window": bench.window,
+        "rounds": rounds,
+        "events": bench.large,
+        "catch_up": bench.catch_up,
+        "hold": bench.hold,
+        "arguments": {name: str(value) for name, value in sorted(vars(arguments).items()) if value not in (None, False, "")},
+        "machine": machine(),
+        "versions": {name: place.value("postgres", "SELECT version()") for name, place in servers.items()} | libraries(),
+        "settings": {name: dict(place.execute("postgres", settings)) for name, place in servers.items()},
+    }
+
+
+def machine():
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return {
+        "processor": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory[1]) / 2**20),
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def libraries():
+    """The peers' versions, as they are pinned."""
+    node = json.loads((HERE / "peers" / "package.json").read_text())["dependencies"]
+    python = dict(re.findall(r"^([\w-]+)==([\w.]+)", (HERE / "peers" / "requirements.txt").read_text(), re.MULTILINE))
+    return node | python | {"psycopg": psycopg.__version__, "python": platform.python_version(), "pgq": "3.5"}
+
+
+def document(known, results, rounds, minutes):
+    cells = [
+        {
+            "topic": result.cell.topic,
+            "variant": result.cell.variant,
+            "unit": result.cell.unit,
+            "control": result.cell.control_name,
+            "system": result.subject.system,
+            "less_is_better": result.cell.less_is_better,
+            "ahead": result.cell.ahead,
+            "goal": vars(result.cell.goal) if result.cell.goal and result.subject.system == "lockstep" else None,
+            "errors": result.errors,
+            "attempts": [as_json(attempt) for attempt in result.attempts],
+        }
+        for result in results
+    ]
+    return known | {"rounds": rounds, "minutes": round(minutes, 1), "cells": cells}
+
+
+def save(document, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def summaries(document):
+    """Each cell of the document with its summary."""
+    return [
+        (cell, summarize([from_json(attempt) for attempt in cell["attempts"]], document["rounds"], len(cell["errors"])))
+        for cell in document["cells"]
+    ]
+
+
+def verdict(cell, summary, others):
+    """Whether lockstep has met its goals in the cell; nothing is said of others, or of what was not measured."""
+    if cell["system"] != "lockstep":
+        return ""
+    if summary.state == "lost":
+        return "missed"
+    said = []
+    if cell["goal"] and summary.state == "measured":
+        goal = Goal(**cell["goal"])
+        said.append(f"{goal}: {'met' if goal.met(summary.value if goal.of == 'value' else summary.ratio) else 'missed'}")
+    if cell["topic"] == "loss" and summary.state != "error" and cell["attempts"]:
+        said.append("loses nothing: met")
+    rivals = [other for other in others if other.state == "measured"]
+    if cell["ahead"] and rivals and summary.state == "measured":
+        best = (min if cell["less_is_better"] else max)(rival.ratio for rival in rivals)
+        ahead = summary.ratio <= best if cell["less_is_better"] else summary.ratio >= best
+        said.append(f"ahead of its peers: {'met' if ahead else 'missed'}")
+    return "; ".join(said)
+
+
+def rows(document):
+    """One for each system in each cell: the cell, its summary, and the verdict."""
+    all_summaries = summaries(document)
+    for cell, summary in all_summaries:
+        same = [other for rival, other in all_summaries if rival is not cell and (rival["topic"], rival["variant"]) == (cell["topic"], cell["variant"])]
+        yield cell, summary, verdict(cell, summary, same)
+
+
+def markdown(document):
+    lines = [provenance(document), ""]
+    topic = None
+    for cell, summary, said in rows(document):
+        if cell["topic"] != topic:
+            topic = cell["topic"]
+            lines += ["", f"### {topic}", "", "| what | control | system | ratio | range | valid rounds | goals |", "|---|---|---|---|---|---|---|"]
+        span = f"{summary.least:.2f}–{summary.greatest:.2f}" if summary.state == "measured" else ""
+        notes = [said] if said else []
+        notes += [f"{summary.doubled:,} passed on twice"] if summary.doubled else []
+        notes += [f"{summary.failed:,} attempts refused"] if summary.failed else []
+        better = " (less is better)" if cell["less_is_better"] else ""
+        lines.append(
+            f"| {cell['variant']}{better} | {cell['control']} | {cell['system']} | {summary} | {span} | {summary.rounds} | {'; '.join(notes)} |"
+        )
+    return "\n".join(lines)
+
+
+def provenance(document):
+    """Where, when and how; from the results themselves."""
+    machine, versions = document["machine"], document["versions"]
+    postgres = ", ".join(sorted({re.match(r"PostgreSQL [\d.]+", version)[0] for name, version in versions.items() if version.startswith("PostgreSQL")}))
+    text = (
+        f"Measured on {document['begun'][:10]} at commit {document['commit'][:10]}{' with local changes' if document['changed'] else ''}, with {postgres}, on "
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB: {document['rounds']} rounds, windows of {document['window']:g} s, "
+        f"{document['minutes']:g} minutes, seed {document['seed']}."
+    )
+    if document["rounds"] < 5:
+        text += " **Fewer than 5 rounds: a trial run, of which no figure says anything.**"
+    return text
+
+
+def paragraph(document):
+    charts = "\n".join(f"![{topic}](docs/img/{file_name(topic)})" for topic in IN_README)
+    return f"{BEGIN}{provenance(document)}\n\n{charts}\n{END}"
+
+
+def write_paragraph(document, path):
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{paragraph(document)}{after}")
+
+
+def file_name(topic):
+    return f"{topic.lower().replace(' ', '_')}.svg"
