@@ -890,6 +890,10 @@ mod tests {
              steal_reason"
         );
         assert_eq!(
+            columns("lockstep.events"),
+            "tenant position aggregate_type aggregate_id sequence event_type event_id payload metadata created_at"
+        );
+        assert_eq!(
             columns("lockstep.jobs_twin_key"),
             "key queue tenant kind retry_id"
         );

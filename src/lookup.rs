@@ -12,6 +12,7 @@ use std::ffi::CStr;
 use std::marker::PhantomData;
 
 use crate::catalog;
+use crate::position::Position;
 use crate::snapshot::At;
 
 /// A table and a snapshot, for any number of walks. Closed before the SPI connection that it was opened in.
@@ -61,6 +62,12 @@ impl Value for pgrx::datum::TimestampWithTimeZone {
     const EQUAL: u32 = pg_sys::F_TIMESTAMPTZ_EQ;
     const ABOVE: u32 = pg_sys::F_TIMESTAMPTZ_GT;
     const AT_MOST: u32 = pg_sys::F_TIMESTAMPTZ_LE;
+}
+
+impl Value for Position {
+    const EQUAL: u32 = pg_sys::F_NUMERIC_EQ;
+    const ABOVE: u32 = pg_sys::F_NUMERIC_GT;
+    const AT_MOST: u32 = pg_sys::F_NUMERIC_LE;
 }
 
 impl<'a> Key<'a> {
@@ -217,9 +224,17 @@ impl Walk<'_> {
 
     /// The next row.
     pub fn step(&mut self) -> Option<Row<'_>> {
-        let forward = pg_sys::ScanDirection::ForwardScanDirection;
+        self.step_to(pg_sys::ScanDirection::ForwardScanDirection)
+    }
+
+    /// At the beginning the last row, then the one before.
+    pub fn step_back(&mut self) -> Option<Row<'_>> {
+        self.step_to(pg_sys::ScanDirection::BackwardScanDirection)
+    }
+
+    fn step_to(&mut self, direction: pg_sys::ScanDirection::Type) -> Option<Row<'_>> {
         // SAFETY: an open scan and a slot for the table's rows.
-        let found = unsafe { pg_sys::index_getnext_slot(self.scan, forward, self.slot) };
+        let found = unsafe { pg_sys::index_getnext_slot(self.scan, direction, self.slot) };
         found.then_some(Row {
             slot: self.slot,
             _walk: PhantomData,

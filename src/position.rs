@@ -35,6 +35,11 @@ impl Position {
         Position::new(ticket, MAX_EVENTS_PER_PUSH - 1)
     }
 
+    /// The ticket of the push that it is of.
+    pub fn ticket(self) -> i64 {
+        i64::try_from(self.0.trunc().mantissa()).unwrap_or(i64::MAX)
+    }
+
     /// The position in an argument. What no event could have is an error, never rounded.
     pub fn from_argument(name: &'static str, value: &AnyNumeric) -> Result<Self, Error> {
         let text = value.to_string();

@@ -3,8 +3,7 @@
 //! 1. validate everything: an error found here has locked nothing;
 //! 2. AGGREGATE and UNIQUE_KEY locks, in one sorted order: two pushes that need the same ones cannot deadlock;
 //! 3. read the aggregates' sequences with a snapshot taken after the locks: one from before would not show what the locks'
-//!    last holder committed, and the push would take a sequence that is taken (one event that expects nothing has its INSERT
-//!    read it, whose snapshot is newer still);
+//!    last holder committed, and the push would take a sequence that is taken;
 //! 4. event ids, expected sequences, unique keys;
 //! 5. WRITER_START and WRITER: whatever can wait for another transaction is done, so a push never waits while readers may be
 //!    waiting for it;
@@ -21,17 +20,24 @@ use pgrx::Uuid;
 use pgrx::datum::TimestampWithTimeZone;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::ffi::CStr;
 
 use super::input::NewEvent;
 use super::unique;
 use crate::error::Error;
 use crate::guc;
 use crate::lock::{self, Mode, Tag};
+use crate::lookup::{Key, Lookup};
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup;
+
+/// The table, and the columns of it that are looked up without SQL.
+const EVENTS: &CStr = c"events";
+const POSITION: i16 = 2;
+const SEQUENCE: i16 = 5;
 
 pub struct Pushed {
     pub position: Position,
@@ -56,17 +62,13 @@ pub fn push(
     lock::acquire_sorted(tags(tenant, events, &aggregates)?);
 
     let spi = Spi::connect();
-    let sequences = if is_plain(events) {
-        None
-    } else {
-        let last = read_sequences(&spi, tenant, &aggregates)?;
-        refuse_known_event_ids(&spi, tenant, events)?;
-        Some(assign_sequences(events, &aggregates, last)?)
-    };
+    let last = read_sequences(&spi, tenant, &aggregates)?;
+    refuse_known_event_ids(&spi, tenant, events)?;
+    let sequences = assign_sequences(events, &aggregates, last)?;
     let unique_keys = unique::plan(&spi, tenant, events)?;
 
     let start = lock_writer(tenant);
-    refuse_log_above(&spi, tenant, start)?;
+    refuse_log_above(tenant, start)?;
     let ticket = sequence::TICKET.next();
     if ticket <= start {
         // Not with CACHE 1, unless someone set the sequence back just now.
@@ -77,13 +79,7 @@ pub fn push(
     }
     let created_at = pgrx::datum::clock_timestamp();
     unique_keys.apply(&spi, tenant, |event| Position::new(ticket, event))?;
-    let sequences = match sequences {
-        Some(sequences) => {
-            insert(&spi, tenant, ticket, created_at, events, &sequences);
-            sequences
-        }
-        None => vec![insert_plain(&spi, tenant, ticket, created_at, &events[0])],
-    };
+    insert(&spi, tenant, ticket, created_at, events, &sequences);
 
     Ok(sequences
         .into_iter()
@@ -111,13 +107,6 @@ impl<'a> Aggregates<'a> {
             .collect();
         Aggregates { names, of_event }
     }
-}
-
-/// One event about which nothing needs to be known beforehand. Under a transaction snapshot the aggregate must be looked at.
-fn is_plain(events: &[NewEvent]) -> bool {
-    matches!(events, [event] if event.expected_sequence.is_none()
-        && event.event_id.is_none()
-        && !snapshot::is_transaction_snapshot())
 }
 
 /// The locks of the push, each once.
@@ -162,29 +151,26 @@ fn read_sequences(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Ve
 }
 
 fn read_sequences_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> Vec<i64> {
-    static ONE: Plan = Plan::new(
-        "SELECT e.sequence FROM lockstep.events AS e
-         WHERE e.tenant = $1 AND e.aggregate_type = $2 AND e.aggregate_id = $3
-         ORDER BY e.sequence DESC LIMIT 1",
-    );
     static MANY: Plan = Plan::new(
         "SELECT (SELECT e.sequence FROM lockstep.events AS e
                  WHERE e.tenant = $1 AND e.aggregate_type = a.aggregate_type AND e.aggregate_id = a.aggregate_id
                  ORDER BY e.sequence DESC LIMIT 1)
          FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
     );
-    let rows = if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
-        let args = [
-            Arg::from(tenant),
-            Arg::from(aggregate_type),
-            Arg::from(aggregate_id),
+    if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
+        let keys = [
+            Key::equal(1, tenant),
+            Key::equal(2, aggregate_type),
+            Key::equal(3, aggregate_id),
         ];
-        spi.read(&ONE, at, &args)
-    } else {
-        let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
-        let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
-        spi.read(&MANY, at, &args)
-    };
+        let log = Lookup::of(EVENTS, at);
+        let mut walk = log.walk(c"events_pkey", &keys);
+        let last = walk.step_back().and_then(|row| row.get(SEQUENCE));
+        return vec![last.unwrap_or(0)];
+    }
+    let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
+    let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
+    let rows = spi.read(&MANY, at, &args);
     (0..aggregates.names.len())
         .map(|row| rows.get(row, 1).unwrap_or(0))
         .collect()
@@ -246,11 +232,7 @@ fn assign_sequences(
 ///
 /// In SERIALIZABLE a backend looks only at its first push to a tenant and when the sequence went back: the look takes a
 /// predicate lock on the end of the log, where every other push of the tenant inserts, and would conflict with them all.
-fn refuse_log_above(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
-    static ABOVE: Plan = Plan::new(
-        "SELECT trunc(e.position)::bigint FROM lockstep.events AS e
-         WHERE e.tenant = $1 AND e.position > $2 ORDER BY e.position DESC LIMIT 1",
-    );
+fn refuse_log_above(tenant: &str, value: i64) -> Result<(), Error> {
     thread_local! {
         /// By tenant: the sequence's value at this backend's last push in SERIALIZABLE.
         static LOOKED: RefCell<HashMap<String, i64>> = RefCell::default();
@@ -258,8 +240,14 @@ fn refuse_log_above(spi: &Spi, tenant: &str, value: i64) -> Result<(), Error> {
     let serializable = snapshot::is_serializable();
     let looked = || LOOKED.with_borrow(|looked| looked.get(tenant).is_some_and(|&at| at <= value));
     if !(serializable && looked()) {
-        let args = [Arg::from(tenant), Arg::from(Position::last_of(value))];
-        let above: Option<i64> = spi.read(&ABOVE, At::Latest, &args).get(0, 1);
+        let keys = [
+            Key::equal(1, tenant),
+            Key::above(2, Position::last_of(value)),
+        ];
+        let log = Lookup::of(EVENTS, At::Latest);
+        let mut walk = log.walk(c"events_tenant_position_key", &keys);
+        let last: Option<Position> = walk.step_back().and_then(|row| row.get(POSITION));
+        let above = last.map(Position::ticket);
         if let Some(head) = above
             && head > sequence::TICKET.value()
         {
@@ -287,37 +275,6 @@ fn lock_writer(tenant: &str) -> i64 {
         wakeup::announce_push(tenant);
     }
     start
-}
-
-/// Inserts one event as the next of its aggregate, and returns its sequence.
-fn insert_plain(
-    spi: &Spi,
-    tenant: &str,
-    ticket: i64,
-    created_at: TimestampWithTimeZone,
-    event: &NewEvent,
-) -> i64 {
-    static INSERT: Plan = Plan::new(
-        "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
-                                      event_type, payload, metadata)
-         VALUES ($1, $2, $3, $4, $5,
-                 COALESCE((SELECT e.sequence FROM lockstep.events AS e
-                           WHERE e.tenant = $1 AND e.aggregate_type = $4 AND e.aggregate_id = $5
-                           ORDER BY e.sequence DESC LIMIT 1), 0) + 1,
-                 $6, $7, $8)
-         RETURNING sequence",
-    );
-    let args = [
-        Arg::from(tenant),
-        Arg::from(created_at),
-        Arg::from(Position::new(ticket, 0)),
-        Arg::from(event.aggregate_type),
-        Arg::from(event.aggregate_id),
-        Arg::from(event.event_type),
-        Arg::from(event.payload),
-        Arg::from(event.metadata),
-    ];
-    spi.write(&INSERT, &args).get(0, 1).unwrap_or_default()
 }
 
 fn insert(
