@@ -24,11 +24,11 @@ class Scripts:
         self.added = []
 
     def add(self, versions, script):
-        """Writes `lockstep--VERSIONS.sql`; one that is there already stays."""
+        """Writes `lockstep--VERSIONS.sql`. What was there before, where CREATE EXTENSION always upgrades, stays after the tests."""
         path = self.directory / f"lockstep--{versions}.sql"
         if not path.exists():
-            path.write_text(script)
             self.added.append(path)
+        path.write_text(script)
 
     def remove(self):
         for path in self.added:
