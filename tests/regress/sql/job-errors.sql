@@ -148,7 +148,7 @@ SELECT lockstep.job_guard(999, 101);
 \echo :SQLSTATE
 SELECT lockstep.job_enqueue('mail', 'other', 'send');
 \echo :SQLSTATE
-SELECT lockstep.job_guard(103, 101);
+SELECT lockstep.job_guard(102, 101);
 \echo :SQLSTATE
 UPDATE lockstep.jobs SET claimed_until = '2001-02-03 04:05:06+00' WHERE job_id = 101;
 SELECT lockstep.job_guard(101, 101);
@@ -195,7 +195,7 @@ DO $$
 DECLARE
     message text; detail text; hint text;
 BEGIN
-    PERFORM lockstep.job_guard(103, 7);
+    PERFORM lockstep.job_guard(102, 7);
 EXCEPTION WHEN SQLSTATE 'LS007' THEN
     GET STACKED DIAGNOSTICS message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
     RAISE WARNING E'%\n%\n%', message, detail, hint;
