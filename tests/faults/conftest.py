@@ -18,9 +18,9 @@ SETTINGS = workers.SETTINGS | {
 
 @pytest.fixture
 def load(monkeypatch):
-    """The module tests/stress/load.py."""
+    """The module tests/stress/mixed_load.py."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "stress")
-    return importlib.import_module("load")
+    return importlib.import_module("mixed_load")
 
 
 @pytest.fixture
