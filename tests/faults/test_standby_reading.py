@@ -25,6 +25,7 @@ ANSWERS = {
     "lease_locks",
     "projection_locks",
     "read_events",
+    "schema_version",
     "workers",
     "workers_are_on",
     "writer_locks",
