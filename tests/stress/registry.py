@@ -6,11 +6,15 @@ By hand, against a database with the extension in it:
 
 Each call inserts what it did and what it was told into a history, in its own transaction and while it holds its locks: so the
 history of a resource is in the order in which its calls took effect, and holds those that committed. The replay is a model of a
-registry without any concurrency; it must predict every answer, and at the end every row. Beside it a reader polls: no
+registry without any concurrency; it must predict every answer, and at the end every row. Where a call locks nothing that the one
+before it has locked, it may be told what was before that one, if the two were under way at once: the clients note on one clock
+when each call began and when it had its answer. Beside it a reader polls: no
 generation may be seen to fall within one incarnation.
 """
 
 import argparse
+import itertools
+import math
 import random
 import sys
 import threading
@@ -30,15 +34,16 @@ SCHEMA = """
     CREATE TABLE oracle.history (
         n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         call text NOT NULL, resource text NOT NULL, replica text, replicas text[], source text,
-        token bigint, incarnation bigint, generation bigint, answer text
+        token bigint, incarnation bigint, generation bigint, answer text, begun bigint
     );
 """
 
 # The call comes first, in a part of its own: the number in the history is drawn under its locks.
 RECORD = """
     WITH done AS MATERIALIZED ({call})
-    INSERT INTO oracle.history (call, resource, replica, replicas, source, token, incarnation, generation, answer)
-    SELECT %(name)s, {resource}, {replica}, %(replicas)s::text[], %(source)s, {token}, {incarnation}, {generation}, {answer} FROM done
+    INSERT INTO oracle.history (call, resource, replica, replicas, source, token, incarnation, generation, answer, begun)
+    SELECT %(name)s, {resource}, {replica}, %(replicas)s::text[], %(source)s, {token}, {incarnation}, {generation}, {answer}, %(begun)s
+    FROM done
     RETURNING resource, replica, token, answer, n, incarnation
 """
 
@@ -112,17 +117,22 @@ class Resource:
 class Model:
     """A registry that is told one call after the other. What depends on the clock it believes, as far as that can be true."""
 
-    def __init__(self):
+    def __init__(self, answered):
+        self.answered = answered
         self.resources = {}
         self.wrong = []
         self.answers = Counter()
+
+    def need_not_know(self, row, n):
+        """Whether the call of this row began before the one of that number had its answer, if it ever had."""
+        return self.answered.get(n, math.inf) > row["begun"]
 
     def tell(self, row):
         call, resource, answer = row["call"], self.resources.get(row["resource"]), row["answer"]
         live = resource is not None and not resource.deleted
         # Once a tombstone is purged there is no row to lock: a call that finds nothing may be numbered after a creation that had
         # not yet committed.
-        if live and answer in ("false", "gone") and row["n"] - resource.created_by < 50:
+        if live and answer in ("false", "gone") and self.need_not_know(row, resource.created_by):
             live = False
         expected = getattr(self, call)(row, resource if live else None)
         given = {"create": row["incarnation"], "increment": row["generation"], "authoritative": row["generation"]}.get(call, answer)
@@ -213,14 +223,15 @@ class Model:
         claim = resource.claims.get(name)
         if claim is None or claim.token != row["token"]:
             # A begin that adds the replica anew and this call share the resource: either may be numbered first.
-            return ("lost", "gone") if row["n"] - resource.added.get(name, -50) < 50 else "lost"
+            return ("lost", "gone") if name in resource.added and self.need_not_know(row, resource.added[name]) else "lost"
         del resource.claims[name]
         if row["call"] == "fail":
             return "failed"
         if claim.source and (claim.source_lost or resource.replicas.get(claim.source) != resource.generation):
             return "source_lost"
         # Two syncs of one resource go on at once: this one need not have seen what has just made its source current.
-        if row["answer"] == "source_lost" and row["n"] - resource.synced.get(claim.source, 0) < 50:
+        synced = resource.synced.get(claim.source)
+        if row["answer"] == "source_lost" and synced is not None and self.need_not_know(row, synced):
             return "source_lost"
         resource.synced[name] = row["n"]
         held = resource.replicas[name]
@@ -243,6 +254,7 @@ class Run:
         self.problems = []
         self.stopping = threading.Event()
         self.pids = {}
+        self.clock, self.answered_at = itertools.count(), {}
         self.passing = set(KILLED)  # errors after which a client connects again and goes on
 
     def connect(self):
@@ -276,7 +288,10 @@ class Run:
 
     def call(self, connection, name, **arguments):
         values = dict.fromkeys(("resource", "replica", "replicas", "source", "token", "generation", "ttl")) | arguments
-        return connection.execute(CALLS[name], values | {"name": name}).fetchall()
+        rows = connection.execute(CALLS[name], values | {"name": name, "begun": next(self.clock)}).fetchall()
+        for row in rows:
+            self.answered_at[row[4]] = next(self.clock)
+        return rows
 
     def work(self, seed):
         chance = random.Random(seed)
@@ -380,7 +395,7 @@ class Run:
 
     def judge(self, admin):
         """Replays the history and compares; adds what is wrong to the problems."""
-        model = Model()
+        model = Model(self.answered_at)
         cursor = admin.execute("SELECT * FROM oracle.history ORDER BY n")
         columns = [column.name for column in cursor.description]
         for row in cursor:
