@@ -64,18 +64,14 @@ fn enqueue_as(job: &NewJob, before: Option<(i64, TimestampWithTimeZone)>) -> (i6
     answer
 }
 
-/// The job of the key and kind that is ready. One that has failed goes first: it is in the index of twins under a name of its own,
-/// and comes after one that has not.
+/// The job of the key and kind that is ready. Where one has failed beside it, the one that has not: the two are merged when they are
+/// claimed, and its payload stays.
 fn twin(job: &NewJob) -> Option<i64> {
     let jobs = Lookup::of(row::TABLE, At::Latest);
     let keys = row::twin_keys(job.queue, job.tenant, job.key?, job.kind);
-    let mut walk = jobs.walk(row::by_twin::INDEX, &keys);
-    let first = walk.step()?;
-    let (job_id, failed) = (first.get(row::JOB_ID), row::has_failed(&first));
-    match walk.step() {
-        Some(second) if !failed => second.get(row::JOB_ID),
-        _ => job_id,
-    }
+    jobs.walk(row::by_twin::INDEX, &keys)
+        .step()?
+        .get(row::JOB_ID)
 }
 
 /// Enqueues onto the twin. Waits for who claims it, and then finds it in progress: no twin any more, and false.
