@@ -16,6 +16,7 @@ mod jsonb;
 mod lease;
 mod lock;
 mod lookup;
+mod memory;
 mod position;
 mod procedure;
 mod process;

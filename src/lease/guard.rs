@@ -1,19 +1,15 @@
 //! Guards: what makes a write of a former holder fail, whenever it wakes up.
 //!
-//! The guards that are to be checked at COMMIT are kept in the backend's memory and follow the savepoints in which they were
-//! taken. Those that are held are locks, and need nothing else.
+//! The guards that are to be checked at COMMIT are remembered, and follow the savepoints in which they were taken
+//! ([`crate::memory`]). Those that are held are locks, and need nothing else.
 
-use pgrx::{
-    PgSubXactCallbackEvent, PgXactCallbackEvent, pg_sys, register_subxact_callback,
-    register_xact_callback,
-};
-use std::cell::{Cell, RefCell};
+use pgrx::{PgXactCallbackEvent, register_xact_callback};
 
 use super::state::{self, Lease};
 use crate::error::{Error, OrRaise};
 use crate::lock::{Mode, Tag};
+use crate::memory::{self, Memory};
 use crate::rights;
-use crate::snapshot;
 
 /// The lock first, then the row: read before it, the row could show a lease that is taken over until the lock is there.
 pub fn guard(name: &str, token: i64) -> Result<(), Error> {
@@ -55,42 +51,39 @@ fn described(lease: Option<Lease>, token: i64) -> String {
 
 /// Whether this transaction guards the lease, now or at its COMMIT.
 pub fn is_guarded(name: &str) -> bool {
-    Tag::lease(name).is_held(Mode::Shared)
-        || AT_COMMIT.with_borrow(|guards| guards.iter().any(|guard| guard.name == name))
+    Tag::lease(name).is_held(Mode::Shared) || noted().iter().any(|guard| guard.name == name)
 }
 
 #[derive(Clone)]
 struct AtCommit {
     name: String,
     token: i64,
-    /// The subtransaction that asked for it.
-    level: pg_sys::SubTransactionId,
 }
 
 thread_local! {
-    static AT_COMMIT: RefCell<Vec<AtCommit>> = const { RefCell::new(Vec::new()) };
-    /// Whether the running transaction's end and savepoints are followed already.
-    static FOLLOWING: Cell<bool> = const { Cell::new(false) };
+    static AT_COMMIT: Memory<AtCommit> = const { Memory::new() };
 }
 
 pub fn guard_at_commit(name: &str, token: i64) {
-    let level = snapshot::current_level();
-    AT_COMMIT.with_borrow_mut(|guards| {
-        guards.push(AtCommit {
-            name: name.to_owned(),
-            token,
-            level,
+    let name = name.to_owned();
+    if memory::note(&AT_COMMIT, AtCommit { name, token }, |_| false) {
+        register_xact_callback(PgXactCallbackEvent::PreCommit, check_all);
+        register_xact_callback(PgXactCallbackEvent::PrePrepare, || {
+            if let Some(guard) = noted().into_iter().next() {
+                Error::CannotPrepare(guard.name).raise();
+            }
         });
-    });
-    if !FOLLOWING.replace(true) {
-        follow_transaction();
     }
+}
+
+fn noted() -> Vec<AtCommit> {
+    memory::look(&AT_COMMIT, |guards| guards.cloned().collect())
 }
 
 /// Takes the guards in the transaction's last step before it commits, after deferred triggers. They are held until its rows are
 /// visible, so that nobody takes the lease over between the check and the commit.
 fn check_all() {
-    let guards = AT_COMMIT.with_borrow(Vec::clone);
+    let guards = noted();
     if guards.is_empty() {
         return;
     }
@@ -98,34 +91,5 @@ fn check_all() {
         for check in guards {
             guard(&check.name, check.token).or_raise();
         }
-    });
-}
-
-fn follow_transaction() {
-    register_xact_callback(PgXactCallbackEvent::PreCommit, check_all);
-    register_xact_callback(PgXactCallbackEvent::PrePrepare, || {
-        if let Some(name) = AT_COMMIT.with_borrow(|guards| Some(guards.first()?.name.clone())) {
-            Error::CannotPrepare(name).raise();
-        }
-    });
-    for end in [
-        PgXactCallbackEvent::Commit,
-        PgXactCallbackEvent::Abort,
-        PgXactCallbackEvent::Prepare,
-    ] {
-        register_xact_callback(end, || {
-            AT_COMMIT.with_borrow_mut(Vec::clear);
-            FOLLOWING.set(false);
-        });
-    }
-    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |level, _| {
-        AT_COMMIT.with_borrow_mut(|guards| guards.retain(|guard| guard.level != level));
-    });
-    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |level, parent| {
-        AT_COMMIT.with_borrow_mut(|guards| {
-            for guard in guards.iter_mut().filter(|guard| guard.level == level) {
-                guard.level = parent;
-            }
-        });
     });
 }

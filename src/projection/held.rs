@@ -1,15 +1,10 @@
-//! What the running transaction has claimed. It is kept in the backend's memory and follows the transaction's end and its
-//! savepoints exactly as the locks do: rolling back past a claim forgets the claim and releases its lock.
+//! What the running transaction has claimed. Rolling back past a claim forgets the claim and releases its lock ([`crate::memory`]).
 
-use pgrx::{
-    PgSubXactCallbackEvent, PgXactCallbackEvent, pg_sys, register_subxact_callback,
-    register_xact_callback,
-};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 
 use crate::error::Error;
+use crate::memory::{self, Memory};
 use crate::position::Position;
-use crate::snapshot;
 
 /// How a claim went, or what became of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,24 +96,24 @@ struct Entry {
     projection: String,
     tenant: String,
     claim: Claim,
-    /// The subtransaction that made it.
-    level: pg_sys::SubTransactionId,
+}
+
+impl Entry {
+    fn is_of(&self, projection: &str, tenant: &str) -> bool {
+        self.projection == projection && self.tenant == tenant
+    }
 }
 
 thread_local! {
-    /// The running transaction's claims, oldest first.
-    static CLAIMS: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
-    /// Whether the running transaction's end and savepoints are followed already.
-    static FOLLOWING: Cell<bool> = const { Cell::new(false) };
+    static CLAIMS: Memory<Entry> = const { Memory::new() };
 }
 
 /// This transaction's last claim of the projection for the tenant.
 pub fn last_claim(projection: &str, tenant: &str) -> Option<Claim> {
-    CLAIMS.with_borrow(|claims| {
+    memory::look(&CLAIMS, |claims| {
         claims
-            .iter()
             .rev()
-            .find(|entry| entry.projection == projection && entry.tenant == tenant)
+            .find(|entry| entry.is_of(projection, tenant))
             .map(|entry| entry.claim)
     })
 }
@@ -149,28 +144,18 @@ pub fn batch(projection: &str, tenant: &str) -> Result<Batch, Error> {
 
 /// Replaces what the same subtransaction knew of the projection and tenant.
 pub fn remember(projection: &str, tenant: &str, outcome: Outcome, more: bool) {
-    let level = snapshot::current_level();
-    CLAIMS.with_borrow_mut(|claims| {
-        claims.retain(|entry| {
-            entry.level != level || entry.projection != projection || entry.tenant != tenant
-        });
-        claims.push(Entry {
-            projection: projection.to_owned(),
-            tenant: tenant.to_owned(),
-            claim: Claim { outcome, more },
-            level,
-        });
-    });
-    if !FOLLOWING.replace(true) {
-        follow_transaction();
-    }
+    let entry = Entry {
+        projection: projection.to_owned(),
+        tenant: tenant.to_owned(),
+        claim: Claim { outcome, more },
+    };
+    memory::note(&CLAIMS, entry, |other| other.is_of(projection, tenant));
 }
 
 /// After this the transaction holds no claim on the projection; `tenant` None: in any tenant.
 pub fn forget(projection: &str, tenant: Option<&str>) {
-    let tenants: Vec<String> = CLAIMS.with_borrow(|claims| {
+    let tenants: Vec<String> = memory::look(&CLAIMS, |claims| {
         claims
-            .iter()
             .filter(|entry| entry.projection == projection)
             .map(|entry| entry.tenant.clone())
             .filter(|of_entry| tenant.is_none_or(|tenant| tenant == of_entry))
@@ -179,27 +164,4 @@ pub fn forget(projection: &str, tenant: Option<&str>) {
     for tenant in tenants {
         remember(projection, &tenant, Outcome::Forgotten, false);
     }
-}
-
-fn follow_transaction() {
-    for end in [
-        PgXactCallbackEvent::Commit,
-        PgXactCallbackEvent::Abort,
-        PgXactCallbackEvent::Prepare,
-    ] {
-        register_xact_callback(end, || {
-            CLAIMS.with_borrow_mut(Vec::clear);
-            FOLLOWING.set(false);
-        });
-    }
-    register_subxact_callback(PgSubXactCallbackEvent::AbortSub, |level, _| {
-        CLAIMS.with_borrow_mut(|claims| claims.retain(|entry| entry.level != level));
-    });
-    register_subxact_callback(PgSubXactCallbackEvent::CommitSub, |level, parent| {
-        CLAIMS.with_borrow_mut(|claims| {
-            for entry in claims.iter_mut().filter(|entry| entry.level == level) {
-                entry.level = parent;
-            }
-        });
-    });
 }
