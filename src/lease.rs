@@ -80,6 +80,23 @@ fn lease_acquire<'a>(
     run().or_raise().into()
 }
 
+/// For the lease and nothing more.
+fn plain_request<'a>(
+    name: Option<&'a str>,
+    holder: Option<&'a str>,
+    ttl: Option<Interval>,
+) -> Result<Request<'a>, Error> {
+    Ok(Request {
+        name: argument::name("name", name)?,
+        holder: argument::name("holder", holder)?,
+        ttl: argument::positive_span("ttl", ttl)?,
+        metadata: None,
+        min_hold: Interval::from_micros(0),
+        lock_delay: Interval::from_micros(0),
+        wait: Wait::ForNothing,
+    })
+}
+
 /// Takes the lease from whoever holds it, closed or not, with a new token, and writes down why. Waits, obeying lock_timeout, for the
 /// transactions that guard it, are renewing it or are acquiring it. Raises 55P03 naming their pids.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
@@ -91,15 +108,7 @@ fn lease_steal(
     reason: Option<&str>,
 ) -> Table<Acquisition> {
     let run = || {
-        let request = Request {
-            name: argument::name("name", name)?,
-            holder: argument::name("holder", holder)?,
-            ttl: argument::positive_span("ttl", ttl)?,
-            metadata: None,
-            min_hold: Interval::from_micros(0),
-            lock_delay: Interval::from_micros(0),
-            wait: Wait::ForNothing,
-        };
+        let request = plain_request(name, holder, ttl)?;
         let reason = argument::name("reason", reason)?;
         snapshot::require_read_write("lease_steal")?;
         acquire::steal(&request, reason)
@@ -254,15 +263,7 @@ fn lease_take(
     call: pg_sys::FunctionCallInfo,
 ) -> Outcome {
     let run = || {
-        let request = Request {
-            name: argument::name("name", name)?,
-            holder: argument::name("holder", holder)?,
-            ttl: argument::positive_span("ttl", ttl)?,
-            metadata: None,
-            min_hold: Interval::from_micros(0),
-            lock_delay: Interval::from_micros(0),
-            wait: Wait::ForNothing,
-        };
+        let request = plain_request(name, holder, ttl)?;
         let timeout = argument::duration("timeout", argument::required("timeout", timeout)?)?;
         procedure::require_own_transaction("lease_take", call)?;
         snapshot::require_read_write("lease_take")?;

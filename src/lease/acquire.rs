@@ -4,7 +4,7 @@ use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
 use super::hold::{self, Wait};
-use super::state::{self, Lease, opens_at};
+use super::state::{self, Lease};
 use crate::error::Error;
 use crate::jsonb::Jsonb;
 use crate::lock::{Locks, Mode, Tag};
@@ -122,21 +122,14 @@ fn renew_own(spi: &Spi, request: &Request, token: i64) -> Attempt {
 
 /// Takes a lease that nobody holds, if no other transaction guards it, is renewing it or is taking it.
 fn take_over(spi: &Spi, request: &Request) -> Result<Attempt, Error> {
-    // Skips a row that is being deleted, or that somebody locked by hand.
-    static LOCK_OPEN: Plan = Plan::new(concat!(
-        "SELECT l.token FROM lockstep.leases AS l
-         WHERE l.name = $1 AND COALESCE(",
-        opens_at!(),
-        " <= pg_catalog.clock_timestamp(), true)
-         FOR NO KEY UPDATE SKIP LOCKED"
-    ));
     let tag = Tag::lease(request.name);
     if !tag.try_acquire(Mode::Exclusive) {
         return Ok(Attempt::Refused);
     }
-    let previous: Option<i64> = spi
-        .write_latest(&LOCK_OPEN, &[Arg::from(request.name)])
-        .get(0, 1);
+    // Skips a row that is being deleted, or that somebody locked by hand.
+    let previous = state::lock_if_free(request.name, |lease| lease.open)
+        .filter(|lease| lease.open)
+        .map(|lease| lease.token);
     if previous.is_none()
         && let Some(lease) = state::read(request.name)
     {

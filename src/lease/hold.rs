@@ -6,7 +6,6 @@ use pgrx::prelude::*;
 use super::state::{self, Lease};
 use crate::error::Error;
 use crate::lock::{Mode, Tag};
-use crate::lookup::{Lookup, Strength};
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup::{self, Event};
 
@@ -41,7 +40,7 @@ pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<Timest
          FOR NO KEY UPDATE",
     );
     let held = |lease: Lease| lease.is_held_with(token).then_some(lease.expires_at);
-    let expires_at = match lock_if_free(name, token) {
+    let expires_at = match state::lock_if_free(name, |lease| lease.is_held_with(token)) {
         Some(lease) => held(lease)?,
         None if wait == Wait::ForRow && state::read(name).and_then(held).is_some() => {
             let args = [Arg::from(name), Arg::from(token)];
@@ -54,16 +53,6 @@ pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<Timest
     };
     let now = clock_timestamp();
     (expires_at > now).then_some(now)
-}
-
-/// Locks the row, if it is held with this token and nobody has locked it; the lease as it is then.
-fn lock_if_free(name: &str, token: i64) -> Option<Lease> {
-    let leases = Lookup::to_lock(c"leases");
-    let mut walk = state::walk(&leases, name);
-    if !Lease::of(&walk.step()?)?.is_held_with(token) {
-        return None;
-    }
-    Lease::of(&walk.lock(Strength::NoKeyUpdate)?)
 }
 
 /// `ttl` None: the one that it has.

@@ -2,7 +2,6 @@
 
 use pgrx::datum::Interval;
 
-use super::state::opens_at;
 use crate::lock::{Holder, Locks};
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
@@ -48,15 +47,15 @@ pub fn locks() -> Vec<Lock> {
 /// Deletes the leases that have been open for at least so long; those whose row is locked are left. Tokens come from one
 /// sequence for all leases, so that one which is made again under its old name gets a greater token than it ever had.
 pub fn delete_expired(older_than: Interval) -> i64 {
-    static DELETE: Plan = Plan::joining(concat!(
+    // As `Lease::opens_at`.
+    static DELETE: Plan = Plan::joining(
         "DELETE FROM lockstep.leases AS d
          WHERE d.name IN (
              SELECT l.name FROM lockstep.leases AS l
-             WHERE GREATEST(l.expires_at, ",
-        opens_at!(),
-        ") <= pg_catalog.clock_timestamp() - $1
-             FOR UPDATE SKIP LOCKED)"
-    ));
+             WHERE GREATEST(l.expires_at, l.min_hold_until, CASE WHEN l.holder IS NOT NULL THEN l.expires_at + l.lock_delay END)
+                 <= pg_catalog.clock_timestamp() - $1
+             FOR UPDATE SKIP LOCKED)",
+    );
     let spi = Spi::connect();
     spi.write_latest(&DELETE, &[Arg::from(older_than)]).count() as i64
 }

@@ -3,17 +3,8 @@
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
-use crate::lookup::{Key, Lookup, Row, Walk};
+use crate::lookup::{Key, Lookup, Row, Strength, Walk};
 use crate::snapshot::At;
-
-/// When a lease that nobody holds opens, of a row `l`; null if it is not closed at all. `lock_delay` counts from an expiry and
-/// not after a release; `min_hold` outlives both.
-macro_rules! opens_at {
-    () => {
-        "GREATEST(l.min_hold_until, CASE WHEN l.holder IS NOT NULL THEN l.expires_at + l.lock_delay END)"
-    };
-}
-pub(super) use opens_at;
 
 pub struct Lease {
     /// None after a release.
@@ -22,6 +13,8 @@ pub struct Lease {
     pub expires_at: TimestampWithTimeZone,
     /// Held, and not expired.
     pub live: bool,
+    /// When it opens, if nobody holds it; None if it is not closed at all. `lock_delay` counts from an expiry and not after a
+    /// release; `min_hold` outlives both. So does `lease_status`.
     pub opens_at: Option<TimestampWithTimeZone>,
     /// Anybody may acquire it.
     pub open: bool,
@@ -37,7 +30,7 @@ mod column {
 }
 
 /// The walk that finds it by its name.
-pub fn walk<'leases>(leases: &'leases Lookup, name: &str) -> Walk<'leases> {
+fn walk<'leases>(leases: &'leases Lookup, name: &str) -> Walk<'leases> {
     leases.walk(c"leases_pkey", &[Key::equal(1, name)])
 }
 
@@ -47,14 +40,23 @@ pub fn read(name: &str) -> Option<Lease> {
     Lease::of(&walk(&leases, name).step()?)
 }
 
+/// Locks the row, if the lease is as it should be and nobody has locked it; the lease as it is then.
+pub fn lock_if_free(name: &str, is_right: impl FnOnce(&Lease) -> bool) -> Option<Lease> {
+    let leases = Lookup::to_lock(c"leases");
+    let mut walk = walk(&leases, name);
+    if !is_right(&Lease::of(&walk.step()?)?) {
+        return None;
+    }
+    Lease::of(&walk.lock(Strength::NoKeyUpdate)?)
+}
+
 impl Lease {
-    pub fn of(row: &Row) -> Option<Self> {
+    fn of(row: &Row) -> Option<Self> {
         let holder: Option<String> = row.get(column::HOLDER);
         let expires_at: TimestampWithTimeZone = row.get(column::EXPIRES_AT)?;
         let lock_delay: Interval = row.get(column::LOCK_DELAY)?;
         let min_hold_until: Option<TimestampWithTimeZone> = row.get(column::MIN_HOLD_UNTIL);
         let now = clock_timestamp();
-        // As opens_at!() says it.
         let after_expiry = holder.is_some().then(|| expires_at + lock_delay);
         let opens_at = min_hold_until.max(after_expiry);
         Some(Lease {
