@@ -243,6 +243,10 @@ impl Walk<'_> {
 
     /// Locks the row of the last step, which there was, and returns it as it is now. None: somebody else has it, or it is no longer
     /// there.
+    ///
+    /// Never waits, as SKIP LOCKED does now and then: when the transaction that has the row ends just then, and another has its new
+    /// version already, the executor's LOCK_UPDATE_IN_PROGRESS waits for that one (heap_lock_updated_tuple knows no policy), and
+    /// two sessions that skip each other's rows deadlock. Locks of this strength have no need of the flag.
     pub fn lock(&mut self, strength: Strength) -> Option<Row<'_>> {
         // SAFETY: the slot holds a row of the table. A call through the table's access method, like the executor's: of the newest
         // version, and skipping what is locked.
@@ -260,8 +264,7 @@ impl Walk<'_> {
                     command,
                     strength.as_pg(),
                     pg_sys::LockWaitPolicy::LockWaitSkip,
-                    (pg_sys::TUPLE_LOCK_FLAG_LOCK_UPDATE_IN_PROGRESS
-                        | pg_sys::TUPLE_LOCK_FLAG_FIND_LAST_VERSION) as u8,
+                    pg_sys::TUPLE_LOCK_FLAG_FIND_LAST_VERSION as u8,
                     &mut failure,
                 )
             })

@@ -1,7 +1,8 @@
 //! What wants a sync: the pick among it that several workers make without meeting, and the claim of what was picked.
 //!
-//! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked: it waits for nobody, so the
-//! order in which it meets resources cannot deadlock. Until its transaction ends nobody else picks the same.
+//! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked, so the order in which it meets
+//! resources does not matter. Until its transaction ends nobody else picks the same. (PostgreSQL's SKIP LOCKED can wait in one moment,
+//! which [`crate::lookup::Walk::lock`] describes; here it can last as long as another's change of the resource.)
 
 use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 use std::collections::HashSet;

@@ -1,12 +1,14 @@
 //! The end of an attempt, and what keeps it from ending: renewing, guarding.
 //!
 //! Each statement asks for the token and locks the row in one, so it either meets the attempt or finds it lost. Nothing here
-//! takes a lock but that of the row; what touches several rows skips those that are locked, so no two of these can deadlock.
+//! takes a lock but that of the row; what touches several rows skips those that are locked ([`crate::lookup::Walk::lock`]), so no
+//! two of these can deadlock.
 
-use pgrx::datum::Interval;
+use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 
-use super::{dead, queue, statistics};
+use super::{dead, queue, row, statistics};
 use crate::error::Error;
+use crate::lookup::{Lookup, Row, Strength};
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
 
@@ -135,29 +137,24 @@ fn make_ready(spi: &Spi, lane: i64, job_id: i64, error: &str, delay: Delay) {
 /// A locked one is being enqueued onto or claimed: the two are merged when this job is claimed the next time.
 pub fn merge(spi: &Spi, job_id: i64, error: Option<&str>) -> Option<i64> {
     static MERGE: Plan = Plan::new(
-        "WITH twin AS (
-             SELECT t.job_id
-             FROM lockstep.jobs AS x
-             JOIN lockstep.jobs AS t
-                 ON t.queue = x.queue AND t.tenant = x.tenant AND t.key = x.key AND t.kind = x.kind
-             WHERE x.job_id = $1 AND t.state = 'ready' AND t.key IS NOT NULL AND t.job_id <> $1
-             ORDER BY t.retry_id LIMIT 1
-             FOR UPDATE OF t SKIP LOCKED
-         ), gone AS (
-             DELETE FROM lockstep.jobs WHERE job_id = $1 AND EXISTS (SELECT FROM twin)
+        "WITH gone AS (
+             DELETE FROM lockstep.jobs WHERE job_id = $1
              RETURNING attempts, attempts_left, last_error, last_failed_at, holder, previous_holder
          )
          UPDATE lockstep.jobs AS t
          SET attempts = t.attempts + g.attempts, attempts_left = LEAST(t.attempts_left, g.attempts_left),
-             last_error = COALESCE($2, g.last_error),
-             last_failed_at = CASE WHEN $2 IS NULL THEN g.last_failed_at ELSE pg_catalog.clock_timestamp() END,
+             last_error = COALESCE($3, g.last_error),
+             last_failed_at = CASE WHEN $3 IS NULL THEN g.last_failed_at ELSE pg_catalog.clock_timestamp() END,
              previous_holder = COALESCE(g.holder, g.previous_holder)
-         FROM twin, gone AS g
-         WHERE t.job_id = twin.job_id
-         RETURNING t.job_id",
+         FROM gone AS g
+         WHERE t.job_id = $2",
     );
-    let args = [Arg::from(job_id), Arg::from(error)];
-    spi.write_latest(&MERGE, &args).get(0, 1)
+    let twin = row::lock_twin(&Lookup::to_lock(row::TABLE), job_id)?;
+    spi.write_latest(
+        &MERGE,
+        &[Arg::from(job_id), Arg::from(twin), Arg::from(error)],
+    );
+    Some(twin)
 }
 
 /// An expired claim whose row this transaction has locked.
@@ -169,18 +166,22 @@ pub struct Expired {
 }
 
 /// Locks an expired claim, unless somebody has: its worker, which renews or acknowledges it, a guard, another claim.
-pub fn lock_expired(spi: &Spi, job_id: i64) -> Option<Expired> {
-    static LOCK: Plan = Plan::new(
-        "SELECT COALESCE(attempts_left = 0, false), holder FROM lockstep.jobs
-         WHERE job_id = $1 AND COALESCE(claimed_until <= (SELECT pg_catalog.clock_timestamp()), false)
-         FOR UPDATE SKIP LOCKED",
-    );
-    let rows = spi.write_latest(&LOCK, &[Arg::from(job_id)]);
-    Some(Expired {
+pub fn lock_expired(job_id: i64) -> Option<Expired> {
+    let expired = |row: &Row| {
+        (row.get::<TimestampWithTimeZone>(row::CLAIMED_UNTIL)? <= clock_timestamp())
+            .then_some(())?;
+        Some(Expired {
+            job_id,
+            spent: row.get(row::ATTEMPTS_LEFT) == Some(0),
+            error: expired_error(&row.get::<String>(row::HOLDER)?),
+        })
+    };
+    row::lock(
+        &Lookup::to_lock(row::TABLE),
         job_id,
-        spent: rows.get(0, 1)?,
-        error: expired_error(&rows.get::<String>(0, 2)?),
-    })
+        Strength::Update,
+        expired,
+    )
 }
 
 fn expired_error(holder: &str) -> String {
@@ -199,39 +200,20 @@ impl Expired {
 }
 
 pub fn reap(tenant: Option<&str>) -> i64 {
-    const BATCH: usize = 1000;
     static FIND: Plan = Plan::joining(
-        "SELECT job_id FROM lockstep.jobs
+        "SELECT job_id, queue, tenant FROM lockstep.jobs
          WHERE claimed_until <= (SELECT pg_catalog.clock_timestamp()) AND ($1 IS NULL OR tenant = $1)",
-    );
-    static LOCK: Plan = Plan::new(
-        "SELECT job_id, COALESCE(attempts_left = 0, false), holder, queue, tenant FROM lockstep.jobs
-         WHERE job_id = ANY ($1) AND COALESCE(claimed_until <= (SELECT pg_catalog.clock_timestamp()), false)
-         FOR UPDATE SKIP LOCKED",
     );
     let spi = Spi::connect();
     let rows = spi.read(&FIND, At::Latest, &[Arg::from(tenant)]);
-    let found: Vec<i64> = (0..rows.count())
-        .filter_map(|row| rows.get(row, 1))
-        .collect();
     let mut reaped = 0;
-    for batch in found.chunks(BATCH) {
-        let rows = spi.write_latest(&LOCK, &[Arg::from(batch.to_vec())]);
-        for row in 0..rows.count() {
-            let (Some(job_id), Some(spent), Some(holder), Some(queue), Some(tenant)) = (
-                rows.get(row, 1),
-                rows.get(row, 2),
-                rows.get::<String>(row, 3),
-                rows.get::<String>(row, 4),
-                rows.get::<String>(row, 5),
-            ) else {
-                continue;
-            };
-            let expired = Expired {
-                job_id,
-                spent,
-                error: expired_error(&holder),
-            };
+    for row in 0..rows.count() {
+        if let (Some(job_id), Some(queue), Some(tenant)) = (
+            rows.get(row, 1),
+            rows.get::<String>(row, 2),
+            rows.get::<String>(row, 3),
+        ) && let Some(expired) = lock_expired(job_id)
+        {
             expired.settle(&spi, queue::lane(&queue, &tenant));
             queue::announce(&queue, &tenant);
             reaped += 1;
@@ -245,13 +227,7 @@ pub fn reap(tenant: Option<&str>) -> i64 {
 /// worker alone, so it is still that worker's; of one that has, nobody can tell.
 pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
     static RENEW: Plan = Plan::new(
-        "UPDATE lockstep.jobs AS j SET claimed_until = pg_catalog.clock_timestamp() + $3
-         FROM (SELECT r.job_id
-               FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
-               JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
-               FOR NO KEY UPDATE OF r SKIP LOCKED) AS o
-         WHERE j.job_id = o.job_id
-         RETURNING j.job_id",
+        "UPDATE lockstep.jobs SET claimed_until = pg_catalog.clock_timestamp() + $2 WHERE job_id = ANY ($1)",
     );
     static LOCKED: Plan = Plan::new(
         "SELECT r.job_id
@@ -259,18 +235,16 @@ pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
          JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
          WHERE r.claimed_until > pg_catalog.clock_timestamp() AND NOT r.job_id = ANY ($3)",
     );
-    let given = job_ids.len();
     let spi = Spi::connect();
-    let args = [
-        Arg::from(job_ids.clone()),
-        Arg::from(tokens.clone()),
-        Arg::from(ttl),
-    ];
-    let rows = spi.write_latest(&RENEW, &args);
-    let mut owned: Vec<i64> = (0..rows.count())
-        .filter_map(|row| rows.get(row, 1))
-        .collect();
-    if owned.len() < given {
+    let jobs = Lookup::to_lock(row::TABLE);
+    let lock = |(job_id, token): (&i64, &i64)| {
+        let if_held = |row: &Row| (row.get(row::TOKEN) == Some(*token)).then_some(*job_id);
+        row::lock(&jobs, *job_id, Strength::NoKeyUpdate, if_held)
+    };
+    let mut owned: Vec<i64> = job_ids.iter().zip(&tokens).filter_map(lock).collect();
+    drop(jobs);
+    spi.write_latest(&RENEW, &[Arg::from(owned.clone()), Arg::from(ttl)]);
+    if owned.len() < job_ids.len() {
         let args = [
             Arg::from(job_ids),
             Arg::from(tokens),

@@ -9,7 +9,7 @@ use super::queue::{self, Place, Places};
 use super::row;
 use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
 use crate::lock::{Mode, Tag};
-use crate::lookup::Lookup;
+use crate::lookup::{Lookup, Strength};
 use crate::process;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Jobs, Plan, Spi};
@@ -79,18 +79,6 @@ struct InTenant<'a> {
     /// A place that was taken and that no job has yet.
     place: Option<Place>,
     full: bool,
-}
-
-macro_rules! claim_rows {
-    ($from:literal, $which:literal) => {
-        concat!(
-            "UPDATE lockstep.jobs AS j
-             SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
-                 token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
-                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = 'epoch', lane = NULL
-             ", $from, " WHERE ", $which, " RETURNING j.job_id, j"
-        )
-    };
 }
 
 impl Claim<'_> {
@@ -242,7 +230,7 @@ impl Claim<'_> {
         }
         drop(jobs);
         if let Some(job_id) = in_progress {
-            let Some(expired) = attempt::lock_expired(spi, job_id) else {
+            let Some(expired) = attempt::lock_expired(job_id) else {
                 at.busy.insert(key.to_owned());
                 return false;
             };
@@ -251,7 +239,10 @@ impl Claim<'_> {
         }
         // What has expired may have become a failed twin just now.
         let merged = failed_twin(&Lookup::of(row::TABLE, At::Latest))
-            .filter(|job_id| row::lock(&Lookup::to_lock(row::TABLE), *job_id, row::is_ready))
+            .filter(|job_id| {
+                let jobs = Lookup::to_lock(row::TABLE);
+                row::lock(&jobs, *job_id, Strength::Update, row::if_ready).is_some()
+            })
             .and_then(|job_id| attempt::merge(spi, job_id, None));
         self.claim_one(at, merged.unwrap_or(candidate.job_id))
     }
@@ -268,7 +259,7 @@ impl Claim<'_> {
              RETURNING j.job_id, j",
         );
         let spi = self.jobs.spi();
-        let Some(expired) = attempt::lock_expired(spi, candidate.job_id) else {
+        let Some(expired) = attempt::lock_expired(candidate.job_id) else {
             return false;
         };
         if expired.spent {
@@ -304,7 +295,7 @@ impl Claim<'_> {
         let Some(slot) = self.place(at) else {
             return false;
         };
-        if !row::lock(jobs, job_id, row::is_due) {
+        if row::lock(jobs, job_id, Strength::Update, row::if_due).is_none() {
             return false;
         }
         self.locked.push(job_id);
@@ -318,7 +309,14 @@ impl Claim<'_> {
 
     /// Claims the jobs that were locked, one statement for all.
     fn claim_locked(&mut self, slot: Option<i32>) {
-        static CLAIM: Plan = Plan::new(claim_rows!("", "j.job_id = ANY ($4)"));
+        static CLAIM: Plan = Plan::new(
+            "UPDATE lockstep.jobs AS j
+             SET state = 'in_progress', attempts = j.attempts + 1, attempts_left = j.attempts_left - 1,
+                 token = pg_catalog.nextval('lockstep.token'), holder = $1, claimed_at = pg_catalog.clock_timestamp(),
+                 claimed_until = pg_catalog.clock_timestamp() + $2, slot = $3, delayed_until = 'epoch', lane = NULL
+             WHERE j.job_id = ANY ($4)
+             RETURNING j.job_id, j",
+        );
         if self.locked.is_empty() {
             return;
         }
@@ -331,35 +329,28 @@ impl Claim<'_> {
         self.jobs.write(&CLAIM, &args);
     }
 
-    /// Claims up to `count` of the jobs without a key, in their order, none of less priority than `least`; how many. Fewer: others
-    /// have locked the rest of them, or the queue is full.
+    /// Locks up to `count` of the jobs without a key to be claimed, in their order, none of less priority than `least`; how many.
+    /// Fewer: others have locked the rest of them, or the queue is full.
     fn take_keyless(&mut self, at: &mut InTenant, count: usize, least: i32) -> usize {
-        static CLAIM: Plan = Plan::new(claim_rows!(
-            "FROM (SELECT r.job_id FROM lockstep.jobs AS r
-                   WHERE r.lane = $8 AND r.queue = $4 AND r.tenant = $5 AND r.priority >= $7
-                   ORDER BY r.priority DESC, r.delayed_until, r.job_id LIMIT $6
-                   FOR UPDATE OF r SKIP LOCKED) AS c",
-            "j.job_id = c.job_id"
-        ));
         let Some(slot) = self.place(at) else {
             return 0;
         };
-        let args = [
-            Arg::from(self.request.holder),
-            Arg::from(self.request.ttl),
-            Arg::from(slot),
-            Arg::from(self.request.queue),
-            Arg::from(at.tenant),
-            Arg::from(count as i64),
-            Arg::from(least),
-            Arg::from(at.lane + 1),
-        ];
-        let claimed = self.jobs.write(&CLAIM, &args);
-        self.order.extend(&claimed);
-        if !claimed.is_empty() {
+        let jobs = Lookup::to_lock(row::TABLE);
+        let locked = search::lock_keyless(
+            &jobs,
+            self.request.queue,
+            at.tenant,
+            count,
+            least,
+            &mut at.tried,
+        );
+        self.locked.extend(&locked);
+        self.order.extend(&locked);
+        if slot.is_some() && !locked.is_empty() {
+            self.claim_locked(slot);
             self.use_place(at);
         }
-        claimed.len()
+        locked.len()
     }
 
     /// None: the queue is full. Some(None): it has no limit.

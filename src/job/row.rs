@@ -13,7 +13,10 @@ pub const QUEUE: i16 = 3;
 pub const KEY: i16 = 4;
 pub const KIND: i16 = 5;
 pub const PRIORITY: i16 = 7;
+pub const ATTEMPTS_LEFT: i16 = 9;
 pub const TOKEN: i16 = 10;
+pub const HOLDER: i16 = 11;
+pub const CLAIMED_UNTIL: i16 = 12;
 pub const RUN_AT: i16 = 13;
 pub const RETRY_ID: i16 = 23;
 pub const DELAYED_UNTIL: i16 = 24;
@@ -93,21 +96,46 @@ pub fn in_progress(jobs: &Lookup, queue: &str, tenant: &str, key: &str) -> Optio
         .get(JOB_ID)
 }
 
-/// Locks a job, unless somebody has; true if it is locked and still as it should be.
-pub fn lock(jobs: &Lookup, job_id: i64, is_right: impl Fn(&Row) -> bool) -> bool {
+/// Locks a job, unless somebody has: what `read` gives for the row as it is then. `read` gives None for a row that is not to be locked.
+pub fn lock<T>(
+    jobs: &Lookup,
+    job_id: i64,
+    strength: Strength,
+    read: impl Fn(&Row) -> Option<T>,
+) -> Option<T> {
     let mut walk = jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)]);
-    walk.step().is_some_and(|row| is_right(&row))
-        && walk
-            .lock(Strength::Update)
-            .is_some_and(|row| is_right(&row))
+    read(&walk.step()?)?;
+    read(&walk.lock(strength)?)
 }
 
-pub fn is_ready(row: &Row) -> bool {
-    row.get::<i64>(TOKEN).is_none()
+/// Locks the first ready twin of a job that nobody has locked, one that has not failed before one that has; its id.
+pub fn lock_twin(jobs: &Lookup, job_id: i64) -> Option<i64> {
+    let mut of_job = jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)]);
+    let row = of_job.step()?;
+    let name = |column| row.get::<String>(column);
+    let (queue, tenant, key, kind) = (name(QUEUE)?, name(TENANT)?, name(KEY)?, name(KIND)?);
+    let mut walk = jobs.walk(by_twin::INDEX, &twin_keys(&queue, &tenant, &key, &kind));
+    while let Some(row) = walk.step() {
+        let twin = row.get(JOB_ID)?;
+        if twin != job_id
+            && walk
+                .lock(Strength::Update)
+                .as_ref()
+                .and_then(if_ready)
+                .is_some()
+        {
+            return Some(twin);
+        }
+    }
+    None
+}
+
+pub fn if_ready(row: &Row) -> Option<()> {
+    row.get::<i64>(TOKEN).is_none().then_some(())
 }
 
 /// Ready, and not for later.
-pub fn is_due(row: &Row) -> bool {
-    let time: Option<TimestampWithTimeZone> = row.get(DELAYED_UNTIL);
-    is_ready(row) && time.is_some_and(|time| time <= clock_timestamp())
+pub fn if_due(row: &Row) -> Option<()> {
+    let time: TimestampWithTimeZone = row.get(DELAYED_UNTIL)?;
+    if_ready(row).filter(|_| time <= clock_timestamp())
 }

@@ -9,11 +9,12 @@
 
 use pgrx::datum::clock_timestamp;
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::queue;
 use super::row;
-use crate::lookup::{Key, Lookup, Row, Walk};
+use crate::lookup::{Key, Lookup, Row, Strength, Walk};
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Rows, Spi};
 
@@ -67,13 +68,16 @@ impl Candidate {
     /// Among jobs that were ready at once, ids tell age and the clock has no say.
     fn goes_before(&self, other: &Candidate) -> bool {
         let at_once = |source| matches!(source, Source::Keyed | Source::Keyless);
-        if self.priority != other.priority {
-            self.priority > other.priority
-        } else if at_once(self.source) && at_once(other.source) {
+        if self.priority == other.priority && at_once(self.source) && at_once(other.source) {
             self.job_id < other.job_id
         } else {
-            (self.run_at, self.job_id) < (other.run_at, other.job_id)
+            self.rank() < other.rank()
         }
+    }
+
+    /// The least goes first, by priority and time.
+    fn rank(&self) -> (Reverse<i32>, i64, i64) {
+        (Reverse(self.priority), self.run_at, self.job_id)
     }
 }
 
@@ -316,6 +320,41 @@ pub fn search<'jobs>(
     }
 }
 
+/// Locks up to `count` jobs without a key that are ready at once, in their order, none of less priority than `least`; their ids. Skips
+/// what others have locked, and what was `tried`.
+pub fn lock_keyless(
+    jobs: &Lookup,
+    queue: &str,
+    tenant: &str,
+    count: usize,
+    least: i32,
+    tried: &mut HashSet<i64>,
+) -> Vec<i64> {
+    let number = Key::equal(row::by_order::LANE, queue::lane(queue, tenant) + 1);
+    let mut walk = jobs.walk(row::by_order::INDEX, &[number]);
+    let mut locked = Vec::new();
+    while locked.len() < count
+        && let Some(row) = walk.step()
+        && row
+            .get::<i32>(row::PRIORITY)
+            .is_some_and(|priority| priority >= least)
+    {
+        if is_of(&row, queue, tenant)
+            && let Some(job_id) = row.get(row::JOB_ID)
+            && !tried.contains(&job_id)
+            && walk
+                .lock(Strength::Update)
+                .as_ref()
+                .and_then(row::if_due)
+                .is_some()
+        {
+            tried.insert(job_id);
+            locked.push(job_id);
+        }
+    }
+    locked
+}
+
 /// The claims that have expired, as they would be claimed were they ready.
 fn expired<'jobs>(jobs: &Lookup, queue: &str, tenant: &str, most: usize) -> Stream<'jobs> {
     let keys = [
@@ -330,13 +369,7 @@ fn expired<'jobs>(jobs: &Lookup, queue: &str, tenant: &str, most: usize) -> Stre
     {
         found.extend(Candidate::of(&row, Source::Expired));
     }
-    found.sort_by_key(|candidate| {
-        (
-            std::cmp::Reverse(candidate.priority),
-            candidate.run_at,
-            candidate.job_id,
-        )
-    });
+    found.sort_by_key(Candidate::rank);
     Stream::limited(found.into(), most)
 }
 
@@ -493,7 +526,7 @@ impl<'a> KeyWalk<'a> {
         let mut candidates: Vec<Candidate> = (0..rows.count())
             .filter_map(|row| Candidate::read(&rows, row, Source::Keyed))
             .collect();
-        candidates.sort_by_key(|c| (std::cmp::Reverse(c.priority), c.run_at, c.job_id));
+        candidates.sort_by_key(Candidate::rank);
         self.over = rows.count() < KEYS as usize;
         if !self.over {
             let last = rows.count() - 1;

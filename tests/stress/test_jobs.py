@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import make_conninfo
 from sessions import start
 
 WORKER = Path(__file__).with_name("job_worker.py")
@@ -27,11 +26,10 @@ def test_workers_that_are_killed_lose_no_job_and_never_work_on_one_key_together(
         "SELECT lockstep.job_enqueue('q', (n %% %s)::text, n::text, max_attempts => NULL) FROM generate_series(1, %s) AS n",
         (KEYS, JOBS),
     )
-    dsn = make_conninfo(host=db.cluster.host, port=db.cluster.port, dbname=db.name, user="postgres")
     numbers = iter(range(10**6))
 
     def worker():
-        return subprocess.Popen([sys.executable, WORKER, dsn, f"worker {next(numbers)}", "300 milliseconds"])
+        return subprocess.Popen([sys.executable, WORKER, db.dsn, f"worker {next(numbers)}", "300 milliseconds"])
 
     workers, killed = [worker() for _ in range(WORKERS)], 0
     try:
@@ -107,10 +105,10 @@ def test_heartbeats_completions_failures_and_enqueuers_never_deadlock(db, stress
         except Exception as error:
             errors.append(error)
 
-    calls = [(enqueuer,)] * 3 + [(worker, number) for number in range(4)] + [(heartbeat,)] * 2
+    calls = [(enqueuer,)] * 3 + [(worker, number) for number in range(4)] + [(heartbeat,)] * 5
     for future in [start(guarded, *call) for call in calls]:
         future.result(6 * stress_seconds + 60)
-    assert errors == []
+    assert errors == [], [str(e) for e in errors]
     assert all(counts[what] > 10 for what in ("completed", "retry", "renewed", "enqueued")), counts
     observer = db.connect()
     busy = "SELECT key FROM lockstep.jobs WHERE state = 'in_progress' GROUP BY tenant, queue, key HAVING count(*) > 1"
