@@ -16,6 +16,49 @@ CREATE SCHEMA IF NOT EXISTS bench;
 CREATE TABLE bench.applied (consumer int NOT NULL, position numeric NOT NULL);
 """
 
+# A consumer by hand: it reads what follows its cursor, by {events}, a query of positions with `seen`, `batch` and what {begin} does first
+# (it may set `settled`), and moves the cursor in the same transaction.
+CONSUMER = """
+CREATE TABLE bench.cursors (consumer int PRIMARY KEY, position numeric NOT NULL) WITH (fillfactor = 50);
+CREATE FUNCTION bench.turn(of_consumer int, batch int, each boolean DEFAULT false) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    seen {type};
+    settled {type};
+    event record;
+    applied bigint := 0;
+BEGIN
+    SELECT c.position INTO seen FROM bench.cursors AS c WHERE c.consumer = of_consumer FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    {begin}
+    IF each THEN
+        FOR event IN {events} LOOP
+            INSERT INTO bench.applied VALUES (of_consumer, event.position);
+            seen := event.position;
+            applied := applied + 1;
+        END LOOP;
+    ELSE
+        WITH new AS (
+            INSERT INTO bench.applied SELECT of_consumer, e.position FROM ({events}) AS e
+            RETURNING position
+        )
+        SELECT count(*), coalesce(max(position), seen) INTO applied, seen FROM new;
+    END IF;
+    IF applied > 0 THEN
+        UPDATE bench.cursors AS c SET position = seen WHERE c.consumer = of_consumer;
+    END IF;
+    RETURN applied;
+END
+$$;
+"""
+REWIND = "TRUNCATE bench.applied, bench.cursors; INSERT INTO bench.cursors SELECT n, 0 FROM generate_series(1, 64) AS n"
+
+
+def consumer(events, begin="", type="numeric"):
+    """SQL that makes CONSUMER; positions are of `type`."""
+    return CONSUMER.format(events=events, begin=begin, type=type)
+
 
 @dataclass(frozen=True)
 class Log:

@@ -6,7 +6,7 @@ COPY (by driver.py), which is faster than any statement can be.
 Manual: https://www.postgresql.org/docs/18/sql-insert.html, https://www.postgresql.org/docs/18/sql-copy.html
 """
 
-from . import APPLIED, Log, literal, payload
+from . import APPLIED, REWIND, Log, consumer, literal, payload
 
 TABLE = """
 CREATE SEQUENCE bench.position;
@@ -25,46 +25,10 @@ CREATE TABLE bench.events (
     UNIQUE (tenant, position)
 );
 CREATE TABLE bench.heads (aggregate_id text PRIMARY KEY, sequence bigint NOT NULL) WITH (fillfactor = 50);
-CREATE TABLE bench.cursors (consumer int PRIMARY KEY, position numeric NOT NULL) WITH (fillfactor = 50);
 """
 
-# {settled}: what a reader with a protection adds to the condition; {begin}: what it does first.
-TURN = """
-CREATE FUNCTION bench.turn(of_consumer int, batch int, each boolean DEFAULT false) RETURNS bigint LANGUAGE plpgsql AS $$
-DECLARE
-    seen numeric;
-    settled numeric;
-    event record;
-    applied bigint := 0;
-BEGIN
-    SELECT c.position INTO seen FROM bench.cursors AS c WHERE c.consumer = of_consumer FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        RETURN 0;
-    END IF;
-    {begin}
-    IF each THEN
-        FOR event IN
-            SELECT e.position FROM bench.events AS e WHERE e.tenant = '' AND e.position > seen {settled} ORDER BY e.position LIMIT batch
-        LOOP
-            INSERT INTO bench.applied VALUES (of_consumer, event.position);
-            seen := event.position;
-            applied := applied + 1;
-        END LOOP;
-    ELSE
-        WITH new AS (
-            INSERT INTO bench.applied
-            SELECT of_consumer, e.position FROM bench.events AS e WHERE e.tenant = '' AND e.position > seen {settled} ORDER BY e.position LIMIT batch
-            RETURNING position
-        )
-        SELECT count(*), coalesce(max(position), seen) INTO applied, seen FROM new;
-    END IF;
-    IF applied > 0 THEN
-        UPDATE bench.cursors AS c SET position = seen WHERE c.consumer = of_consumer;
-    END IF;
-    RETURN applied;
-END
-$$;
-"""
+# {settled}: what a reader with a protection adds to the condition.
+NEXT_EVENTS = "SELECT e.position FROM bench.events AS e WHERE e.tenant = '' AND e.position > seen {settled} ORDER BY e.position LIMIT batch"
 
 INSERT = """INSERT INTO bench.events
     (tenant, position, aggregate_type, aggregate_id, sequence, event_type, event_id, payload, metadata, created_at)
@@ -80,7 +44,6 @@ HOT = f"""BEGIN;
 COMMIT;
 """
 
-CURSORS = "TRUNCATE bench.applied, bench.cursors; INSERT INTO bench.cursors SELECT n, 0 FROM generate_series(1, 64) AS n"
 FILL = (
     """INSERT INTO bench.events
 SELECT '', nextval('bench.position'), 'order', (n / 10)::text, n % 10 + 1, 'paid', NULL,
@@ -101,13 +64,13 @@ def batch(aggregates):
 
 PEER = Log(
     name="insert",
-    schema=APPLIED + TABLE + TURN.format(begin="", settled=""),
+    schema=APPLIED + TABLE + consumer(NEXT_EVENTS.format(settled="")),
     append=INSERT + ROW.format(aggregate=":aggregate", sequence=":sequence", payload=":payload") + ";\n",
     hot=HOT,
     batch=batch,
     committed="SELECT position FROM bench.events",
-    reset=f"TRUNCATE bench.events, bench.heads; {CURSORS}",
-    rewind=CURSORS,
+    reset=f"TRUNCATE bench.events, bench.heads; {REWIND}",
+    rewind=REWIND,
     fill=FILL,
 )
 

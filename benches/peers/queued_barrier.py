@@ -7,7 +7,7 @@ Recipe: https://github.com/zitadel/zitadel/issues/8509; https://www.postgresql.o
 
 from dataclasses import replace
 
-from . import APPLIED, insert
+from . import APPLIED, consumer, insert
 
 BEGIN = """PERFORM pg_advisory_lock(2);
     settled := (SELECT last_value FROM bench.position);
@@ -16,6 +16,6 @@ BEGIN = """PERFORM pg_advisory_lock(2);
 PEER = replace(
     insert.PEER,
     name="queued barrier",
-    schema=APPLIED + insert.TABLE + insert.TURN.format(begin=BEGIN, settled="AND e.position <= settled"),
+    schema=APPLIED + insert.TABLE + consumer(insert.NEXT_EVENTS.format(settled="AND e.position <= settled"), BEGIN),
     before="SELECT pg_advisory_xact_lock_shared(2);\n",
 )

@@ -14,7 +14,9 @@ TABLE = (
     + """
 ALTER TABLE bench.events ADD transaction_id xid8 NOT NULL DEFAULT pg_current_xact_id();
 CREATE INDEX ON bench.events (transaction_id, position);
-ALTER TABLE bench.cursors ADD transaction_id xid8 NOT NULL DEFAULT '0';
+CREATE TABLE bench.cursors (
+    consumer int PRIMARY KEY, position numeric NOT NULL, transaction_id xid8 NOT NULL DEFAULT '0'
+) WITH (fillfactor = 50);
 """
 )
 
