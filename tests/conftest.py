@@ -1,11 +1,14 @@
 """Fixtures: a shared server, a database of one's own, a cluster of one's own."""
 
 import itertools
+import subprocess
+from pathlib import Path
 
 import pytest
 import workers
 from psycopg import sql
-from server import Cluster
+from psycopg.conninfo import make_conninfo
+from server import BINDIR, Cluster
 
 _numbers = itertools.count(1)
 
@@ -44,6 +47,11 @@ class Database:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         with self.connect() as connection:
             connection.execute("CREATE EXTENSION lockstep")
+
+    @property
+    def dsn(self):
+        """For programs that connect by themselves, as the superuser."""
+        return make_conninfo(host=self.cluster.host, port=self.cluster.port, dbname=self.name, user="postgres")
 
     def connect(self, **options):
         connection = self.cluster.connect(self.name, **options)
@@ -164,3 +172,58 @@ def own_app(cluster):
 def new_database():
     """Makes a database with the extension on any cluster: `new_database(cluster, "name")`. It goes with its cluster."""
     return Database
+
+
+@pytest.fixture
+def pair(cluster, new_database):
+    """A database on a primary of its own, and its standby."""
+    primary = cluster()
+    database = new_database(primary, "replicated")
+    standby = primary.standby()
+    try:
+        yield database, standby
+    finally:
+        standby.destroy()
+
+
+@pytest.fixture(scope="session")
+def replicated_server():
+    """A primary and its standby, which tests share by the fixture `shared_pair`."""
+    primary = Cluster()
+    try:
+        standby = primary.start().standby()
+        try:
+            yield primary, standby
+        finally:
+            standby.destroy()
+    finally:
+        primary.destroy()
+
+
+@pytest.fixture
+def shared_pair(replicated_server):
+    """A fresh database on the shared primary, and the standby. Do not stop them or change the primary's settings."""
+    primary, standby = replicated_server
+    database = Database(primary, f"replicated_{next(_numbers)}")
+    try:
+        yield database, standby
+    finally:
+        database.drop()
+
+
+@pytest.fixture(scope="session")
+def older_bindir():
+    """The programs of the oldest major version of PostgreSQL that can be had, with the extension installed."""
+    built = subprocess.run([Path(__file__).parents[1] / "tools" / "older-server"], capture_output=True, text=True)
+    if built.returncode != 0:
+        pytest.fail(f"there is no older server:\n{built.stdout[-2000:]}{built.stderr[-2000:]}")
+    bindir = Path(built.stdout.splitlines()[-1])
+    if _major(bindir) >= _major(BINDIR):
+        pytest.skip(f"PostgreSQL {_major(BINDIR)} is the oldest at hand")
+    print(f"from PostgreSQL {_major(bindir)} to {_major(BINDIR)}")
+    return bindir
+
+
+def _major(bindir):
+    shown = subprocess.run([bindir / "pg_config", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(shown.split()[1].split(".")[0])

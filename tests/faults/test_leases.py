@@ -270,18 +270,6 @@ def test_a_crash_keeps_the_lease_and_repeats_no_token_without_synchronous_commit
     assert tokens == sorted(set(tokens))
 
 
-@pytest.fixture
-def pair(cluster, new_database):
-    """A primary with a database, and its standby."""
-    primary = cluster()
-    database = new_database(primary, "replicated")
-    standby = primary.standby()
-    try:
-        yield database, standby
-    finally:
-        standby.destroy()
-
-
 def test_a_promoted_standby_knows_holder_token_and_expiry_and_repeats_no_token(pair):
     database, standby = pair
     session = database.connect()

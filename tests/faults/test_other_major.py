@@ -1,32 +1,15 @@
 """A logical dump of an older major version of PostgreSQL, restored into this one, in the middle of what was going on."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
-from server import BINDIR, Cluster
+from server import Cluster
 from sessions import log, push
 from workers import SETTINGS
 
-TOOL = Path(__file__).parents[2] / "tools" / "older-server"
-
-
-def major(bindir):
-    shown = subprocess.run([bindir / "pg_config", "--version"], capture_output=True, text=True, check=True).stdout
-    return int(shown.split()[1].split(".")[0])
-
 
 @pytest.fixture
-def older():
+def older(older_bindir):
     """A started cluster of an older major version, with the library preloaded."""
-    built = subprocess.run([TOOL], capture_output=True, text=True)
-    if built.returncode != 0:
-        pytest.fail(f"there is no older server:\n{built.stdout[-2000:]}{built.stderr[-2000:]}")
-    bindir = Path(built.stdout.splitlines()[-1])
-    if major(bindir) >= major(BINDIR):
-        pytest.skip(f"PostgreSQL {major(BINDIR)} is the oldest at hand")
-    print(f"from PostgreSQL {major(bindir)} to {major(BINDIR)}")
-    made = Cluster(bindir, **SETTINGS)
+    made = Cluster(older_bindir, **SETTINGS)
     try:
         yield made.start()
     finally:

@@ -5,18 +5,6 @@ from psycopg.types.json import Jsonb
 from sessions import call, claim_and_advance, drain, log, push, push_many, raises
 
 
-@pytest.fixture
-def pair(cluster, new_database):
-    """A primary with a database, and its standby."""
-    primary = cluster()
-    database = new_database(primary, "replicated")
-    standby = primary.standby()
-    try:
-        yield database, standby
-    finally:
-        standby.destroy()
-
-
 def read(session, **arguments):
     return [row[1] for row in call(session, "read_events", **arguments)]
 

@@ -1,14 +1,11 @@
 """What a standby answers and what it refuses, function by function and view by view; conflicts with recovery; promotion."""
 
 import importlib
-import itertools
 from pathlib import Path
 
 import pytest
-from server import Cluster, wait_until
+from server import wait_until
 from sessions import call, claim_and_advance, log, push, raises, start
-
-_numbers = itertools.count(1)
 
 RELATIONS = """
     SELECT c.relname FROM pg_class AS c
@@ -39,48 +36,12 @@ def arguments(monkeypatch):
     return importlib.import_module("test_arguments")
 
 
-@pytest.fixture(scope="module")
-def servers():
-    """A primary and its standby."""
-    primary = Cluster()
-    try:
-        standby = primary.start().standby()
-        try:
-            yield primary, standby
-        finally:
-            standby.destroy()
-    finally:
-        primary.destroy()
-
-
-@pytest.fixture
-def pair(servers, new_database):
-    """A database on the primary, and the standby."""
-    primary, standby = servers
-    database = new_database(primary, f"replicated_{next(_numbers)}")
-    try:
-        yield database, standby
-    finally:
-        database.drop()
-
-
-@pytest.fixture
-def own_pair(cluster, new_database):
-    """The same on servers that the test may stop."""
-    primary = cluster()
-    standby = primary.standby()
-    try:
-        yield new_database(primary, "replicated"), standby
-    finally:
-        standby.destroy()
-
-
 def positions(session, **arguments):
     return [row[1] for row in call(session, "read_events", **arguments)]
 
 
-def test_every_function_that_writes_or_locks_is_refused_and_names_the_primary(pair, arguments):
-    database, standby = pair
+def test_every_function_that_writes_or_locks_is_refused_and_names_the_primary(shared_pair, arguments):
+    database, standby = shared_pair
     session = database.connect()
     session.execute("SELECT lockstep.projection_create('p'), lockstep.resource_create('r', ARRAY['a', 'c'])")
     session.execute("SELECT lockstep.generation_increment('r', ARRAY['a'])")
@@ -114,8 +75,8 @@ def test_every_function_that_writes_or_locks_is_refused_and_names_the_primary(pa
     assert replica.execute(locks, (replica.info.backend_pid,)).fetchone() == (0,)
 
 
-def test_every_table_and_view_can_be_read(pair):
-    database, standby = pair
+def test_every_table_and_view_can_be_read(shared_pair):
+    database, standby = shared_pair
     session = database.connect()
     session.execute("SELECT lockstep.projection_create('p'), lockstep.resource_create('r', ARRAY['a'])")
     session.execute("SELECT lockstep.lease_acquire('l', 'a', '1 hour')")
@@ -136,8 +97,8 @@ def test_every_table_and_view_can_be_read(pair):
     assert replica.execute("SELECT queue, ready FROM lockstep.queue_status").fetchall() == [("q", 1)]
 
 
-def test_the_views_of_a_standby_show_what_is_stored_and_none_of_the_primarys_locks(pair):
-    database, standby = pair
+def test_the_views_of_a_standby_show_what_is_stored_and_none_of_the_primarys_locks(shared_pair):
+    database, standby = shared_pair
     holder, session = database.connect(), database.connect()
     session.execute("SELECT lockstep.projection_create('p')")
     ((token,),) = session.execute("SELECT token FROM lockstep.lease_acquire('l', 'a', '1 hour')").fetchall()
@@ -157,8 +118,8 @@ def test_the_views_of_a_standby_show_what_is_stored_and_none_of_the_primarys_loc
         assert standby.connect(database.name).execute(view).fetchall() == []
 
 
-def test_a_pause_a_backoff_and_a_failed_event_are_seen_on_a_standby(pair):
-    database, standby = pair
+def test_a_pause_a_backoff_and_a_failed_event_are_seen_on_a_standby(shared_pair):
+    database, standby = shared_pair
     session = database.connect()
     session.execute("SELECT lockstep.projection_create('p', retry_after => '5 minutes'), lockstep.projection_create('q')")
     position = push(session)
@@ -173,11 +134,11 @@ def test_a_pause_a_backoff_and_a_failed_event_are_seen_on_a_standby(pair):
 
 
 @pytest.fixture
-def impatient(pair):
+def impatient(shared_pair):
     """The pair, and no query on the standby may hold up its replay."""
-    _, standby = pair
+    _, standby = shared_pair
     standby.conf(max_standby_streaming_delay=0)
-    yield pair
+    yield shared_pair
     standby.conf(max_standby_streaming_delay="30s", hot_standby_feedback="off")
 
 
@@ -231,8 +192,8 @@ def test_with_hot_standby_feedback_it_is_not_in_the_way(impatient):
     assert positions(replica) == log(session)
 
 
-def test_a_session_of_a_standby_reads_and_writes_as_on_a_primary_after_the_promotion(own_pair):
-    database, standby = own_pair
+def test_a_session_of_a_standby_reads_and_writes_as_on_a_primary_after_the_promotion(pair):
+    database, standby = pair
     session = database.connect()
     session.execute("SELECT lockstep.projection_create('p')")
     first = push(session)

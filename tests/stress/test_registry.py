@@ -4,7 +4,6 @@ import importlib
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import make_conninfo
 
 
 @pytest.fixture
@@ -13,13 +12,8 @@ def registry(monkeypatch):
     return importlib.import_module("registry")
 
 
-@pytest.fixture
-def dsn(db):
-    return make_conninfo(host=db.cluster.host, port=db.cluster.port, dbname=db.name, user="postgres")
-
-
-def test_a_replay_of_the_history_predicts_every_answer_and_every_row(registry, dsn, stress_seconds):
-    run = registry.Run(dsn, 2 * stress_seconds).run()
+def test_a_replay_of_the_history_predicts_every_answer_and_every_row(registry, db, stress_seconds):
+    run = registry.Run(db.dsn, 2 * stress_seconds).run()
     print(run)
     assert not run.problems, f"\n{run}"
     answers = ("current", "outdated", "gone", "lost", "source_lost")
@@ -38,8 +32,8 @@ def test_a_replay_of_the_history_predicts_every_answer_and_every_row(registry, d
     ],
     ids=["a lost update", "a resurrection", "a replica that is gone", "a false answer", "what is never due"],
 )
-def test_the_oracle_notices(registry, dsn, db, damage):
-    run = registry.Run(dsn, 2, resources=30)
+def test_the_oracle_notices(registry, db, damage):
+    run = registry.Run(db.dsn, 2, resources=30)
     run.purge = lambda: None
     assert not run.run().problems, f"\n{run}"
     with db.connect() as admin:

@@ -1,15 +1,10 @@
 """Reading from a standby under load: every read is a prefix, without holes, of what the primary has in the end."""
 
 import importlib
-import itertools
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import make_conninfo
-from server import Cluster
 from sessions import claim_and_advance, push
-
-_numbers = itertools.count(1)
 
 LOG = "SELECT tenant, position, aggregate_type, event_type FROM lockstep.events ORDER BY position"
 
@@ -20,37 +15,13 @@ def oracles(monkeypatch):
     return importlib.import_module("oracle"), importlib.import_module("standby_oracle")
 
 
-@pytest.fixture(scope="module")
-def servers():
-    primary = Cluster()
-    try:
-        standby = primary.start().standby()
-        try:
-            yield primary, standby
-        finally:
-            standby.destroy()
-    finally:
-        primary.destroy()
-
-
-@pytest.fixture
-def pair(servers, new_database):
-    primary, standby = servers
-    database = new_database(primary, f"reads_{next(_numbers)}")
-    try:
-        yield database, standby
-    finally:
-        database.drop()
-
-
-def run(pair, oracles, seconds, query):
+def run(shared_pair, oracles, seconds, query):
     """The oracle's writers, killers and projections on the primary, readers on the standby; what they saw, judged."""
     oracle, standby_oracle = oracles
-    database, standby = pair
-    dsn = make_conninfo(host=database.cluster.host, port=database.cluster.port, dbname=database.name, user="postgres")
+    database, standby = shared_pair
     database.cluster.wait_for_replay(standby)
     with standby_oracle.Readers(lambda: standby.connect(database.name), query=query) as readers:
-        report = oracle.Run(dsn, seconds).run()
+        report = oracle.Run(database.dsn, seconds).run()
     assert report.good, f"\n{report}"
     assert readers.problems == []
     log = database.connect().execute(LOG).fetchall()
@@ -67,20 +38,20 @@ def run(pair, oracles, seconds, query):
     return judgement
 
 
-def test_every_read_of_a_standby_is_a_prefix_without_holes_of_the_primarys_log(pair, oracles, stress_seconds):
-    judgement = run(pair, oracles, stress_seconds / 2, oracles[1].SETTLED)
+def test_every_read_of_a_standby_is_a_prefix_without_holes_of_the_primarys_log(shared_pair, oracles, stress_seconds):
+    judgement = run(shared_pair, oracles, stress_seconds / 2, oracles[1].SETTLED)
     assert not judgement.wrong, f"\n{judgement}"
     assert judgement.with_events > 50 and judgement.partial > 20, f"this run has shown little: {judgement}"
 
 
 @pytest.mark.slow
-def test_the_oracle_reports_the_holes_of_a_reader_of_all_that_is_visible(pair, oracles):
-    assert run(pair, oracles, 10, oracles[1].VISIBLE).wrong
+def test_the_oracle_reports_the_holes_of_a_reader_of_all_that_is_visible(shared_pair, oracles):
+    assert run(shared_pair, oracles, 10, oracles[1].VISIBLE).wrong
 
 
-def test_a_reader_of_all_that_is_visible_on_a_standby_passes_the_slower_writers_event(pair, oracles):
+def test_a_reader_of_all_that_is_visible_on_a_standby_passes_the_slower_writers_event(shared_pair, oracles):
     _, standby_oracle = oracles
-    database, standby = pair
+    database, standby = shared_pair
     writer, session = database.connect(), database.connect()
     session.execute("SELECT lockstep.projection_create('p')")
     first = push(session)

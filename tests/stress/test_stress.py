@@ -4,7 +4,6 @@ import importlib
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import make_conninfo
 from server import wait_for_lock_wait
 from sessions import call, log, push, start
 
@@ -15,13 +14,8 @@ def oracle(monkeypatch):
     return importlib.import_module("oracle")
 
 
-@pytest.fixture
-def dsn(db):
-    return make_conninfo(host=db.cluster.host, port=db.cluster.port, dbname=db.name, user="postgres")
-
-
-def test_every_projection_sees_exactly_what_was_committed_once_and_in_order(oracle, dsn, stress_seconds):
-    report = oracle.Run(dsn, stress_seconds).run()
+def test_every_projection_sees_exactly_what_was_committed_once_and_in_order(oracle, db, stress_seconds):
+    report = oracle.Run(db.dsn, stress_seconds).run()
     print(report)
     assert report.good, f"\n{report}"
     for what in ("transactions committed", "transactions rolled back", "connections killed", "claims rolled back"):
@@ -29,8 +23,8 @@ def test_every_projection_sees_exactly_what_was_committed_once_and_in_order(orac
 
 
 @pytest.mark.parametrize("mode", ["naive", "early_snapshot"])
-def test_the_oracle_reports_the_losses_of_a_reader_that_loses_events(oracle, dsn, mode):
-    report = oracle.Run(dsn, 5.0, mode=mode).run()
+def test_the_oracle_reports_the_losses_of_a_reader_that_loses_events(oracle, db, mode):
+    report = oracle.Run(db.dsn, 5.0, mode=mode).run()
     print(report)
     assert report.problems == []
     assert report.lost, f"\n{report}"

@@ -2,15 +2,12 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from catalog import describe, differences
 from server import BINDIR, SERVER_USER, Cluster
 from sessions import call, claim_and_advance, push, push_many, raises
 from workers import SETTINGS, Application
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 PUBLIC = """
     SELECT proname FROM pg_proc, aclexplode(COALESCE(proacl, acldefault('f', proowner))) AS a
@@ -21,22 +18,10 @@ PUBLIC = """
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def major(bindir):
-    shown = subprocess.run([bindir / "pg_config", "--version"], capture_output=True, text=True, check=True).stdout
-    return int(shown.split()[1].split(".")[0])
-
-
 @pytest.fixture
-def old():
+def old(older_bindir):
     """A started cluster of the oldest major version that can be had, with the library preloaded."""
-    subprocess.run([TOOLS / "pg-config", "15"], capture_output=True)  # installs it where that may be done
-    built = subprocess.run([TOOLS / "older-server"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
-    bindir = Path(built.stdout.splitlines()[-1])
-    if major(bindir) >= major(BINDIR):
-        pytest.skip(f"PostgreSQL {major(BINDIR)} is the oldest at hand")
-    print(f"from PostgreSQL {major(bindir)} to {major(BINDIR)}")
-    made = Cluster(bindir, **SETTINGS)
+    made = Cluster(older_bindir, **SETTINGS)
     try:
         # Checksums are the default from 18 on, and both clusters must be alike.
         yield made.create("--data-checksums").start()
