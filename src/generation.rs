@@ -3,7 +3,7 @@
 //! Invariants: while it lives, a resource's generation never falls, and a replica's falls only where `generation_set` is told
 //! to force it. What was deleted comes back only by being created, as a new incarnation, which no earlier sync touches.
 //!
-//! Every function locks the resource's row first: exclusively to change the resource or to say which replicas are current,
+//! Every function that writes locks the resource's row first: exclusively to change the resource or to say which replicas are current,
 //! shared to sync a replica; then, in a next statement with a new snapshot, it judges and acts. A single statement would judge
 //! by the resource as it was before its wait.
 //!
@@ -409,7 +409,7 @@ fn replica_sync_claim(
                 claimed.name.tenant.into_datum(),
             ]
         };
-        let claimed = due::claim(max, tenant, holder, ttl);
+        let claimed = due::claim(max, tenant, holder, ttl)?;
         Ok::<_, Error>(claimed.into_iter().map(row).collect())
     };
     Table::new(run().or_raise())

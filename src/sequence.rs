@@ -5,6 +5,7 @@ use pgrx::pg_sys;
 use std::ffi::CStr;
 
 use crate::catalog;
+use crate::error::Error;
 use crate::lock;
 use crate::snapshot::At;
 use crate::spi::{Plan, Spi};
@@ -38,6 +39,15 @@ pub static JOB_ID: Sequence = Sequence {
         "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM lockstep.job_id",
     ),
 };
+
+/// Tokens and incarnations of one object grow. 55000 where they do not: the sequence was left behind, as a logical replication leaves
+/// it, or was given a cache.
+pub fn require_above(token: i64, previous: i64) -> Result<(), Error> {
+    if token > previous {
+        return Ok(());
+    }
+    Err(Error::TokenNotAbove { token, previous })
+}
 
 impl Sequence {
     /// Draws the next number.

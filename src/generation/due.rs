@@ -7,6 +7,8 @@
 use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 use std::collections::HashSet;
 
+use crate::error::Error;
+use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 
@@ -39,7 +41,12 @@ pub fn due(max: usize, tenant: Option<&str>) -> Vec<Due> {
 }
 
 /// Picks and claims, as `sync::begin` without a source does.
-pub fn claim(max: usize, tenant: Option<&str>, holder: &str, ttl: Interval) -> Vec<Claimed> {
+pub fn claim(
+    max: usize,
+    tenant: Option<&str>,
+    holder: &str,
+    ttl: Interval,
+) -> Result<Vec<Claimed>, Error> {
     let spi = Spi::connect();
     let picked = pick(&spi, max, tenant);
     claim_picked(&spi, &picked, holder, ttl)
@@ -126,7 +133,12 @@ fn pick_of(spi: &Spi, tenant: &str, max: usize) -> Vec<Due> {
     (0..rows.count()).filter_map(due).collect()
 }
 
-fn claim_picked(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<Claimed> {
+fn claim_picked(
+    spi: &Spi,
+    picked: &[Due],
+    holder: &str,
+    ttl: Interval,
+) -> Result<Vec<Claimed>, Error> {
     static CLAIM: Plan = Plan::new(
         "UPDATE lockstep.replicas AS p
          SET sync_token = pg_catalog.nextval('lockstep.token'), sync_holder = $4, sync_source = NULL,
@@ -138,7 +150,7 @@ fn claim_picked(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<C
          RETURNING p.tenant, p.resource, p.replica, p.sync_token, r.incarnation, p.sync_generation",
     );
     if picked.is_empty() {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let column = |of: fn(&Name) -> &String| {
         Arg::from(
@@ -169,5 +181,9 @@ fn claim_picked(spi: &Spi, picked: &[Due], holder: &str, ttl: Interval) -> Vec<C
             generation: rows.get(row, 6)?,
         })
     };
-    (0..rows.count()).filter_map(claimed).collect()
+    let claimed: Vec<Claimed> = (0..rows.count()).filter_map(claimed).collect();
+    for claim in &claimed {
+        sequence::require_above(claim.token, claim.incarnation)?;
+    }
+    Ok(claimed)
 }

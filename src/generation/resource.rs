@@ -142,7 +142,7 @@ pub fn create_empty(spi: &Spi, key: Key) -> Result<i64, Error> {
     // The syncs of the last incarnation: their tokens are below the new one.
     static FORGET: Plan =
         Plan::new("DELETE FROM lockstep.replicas WHERE tenant = $1 AND resource = $2");
-    loop {
+    let previous = loop {
         spi.write(&PLACE, &key.args());
         match lock(spi, key)? {
             Some(resource) if !resource.deleted => {
@@ -151,12 +151,13 @@ pub fn create_empty(spi: &Spi, key: Key) -> Result<i64, Error> {
                     incarnation: resource.incarnation,
                 });
             }
-            Some(_) => break,
+            Some(resource) => break resource.incarnation,
             // A tombstone that was purged between the two statements.
             None => {}
         }
-    }
+    };
     let incarnation = sequence::TOKEN.next();
+    sequence::require_above(incarnation, previous)?;
     snapshot::force_synchronous_commit();
     spi.write(&MAKE, &with(key, [Arg::from(incarnation)]));
     spi.write(&FORGET, &key.args());

@@ -7,6 +7,7 @@ use pgrx::datum::Interval;
 
 use super::resource::{self, Key, Resource, with};
 use crate::error::Error;
+use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 
@@ -68,6 +69,7 @@ pub fn begin(key: Key, request: &Request) -> Result<Begun, Error> {
     let Some(token) = spi.write(&CLAIM, &args).get(0, 1) else {
         return Ok(begun(why_not(&spi, key, request.target, resource), None));
     };
+    sequence::require_above(token, resource.incarnation)?;
     snapshot::force_synchronous_commit();
     if let Some(source) = request.source {
         let actual = held(&spi, key, source);

@@ -199,9 +199,7 @@ fn hand_out(
          RETURNING l.token, l.holder, l.expires_at, l.renewed_at + l.ttl / 2",
     );
     let token = sequence::TOKEN.next();
-    if let Some(previous) = previous.filter(|previous| *previous >= token) {
-        return Err(Error::TokenNotAbove { token, previous });
-    }
+    sequence::require_above(token, previous.unwrap_or(0))?;
     let (from, reason) = theft.map_or((None, None), |theft| (theft.from, Some(theft.reason)));
     let args = [
         Arg::from(request.name),

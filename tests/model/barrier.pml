@@ -135,7 +135,7 @@ inline draw() { /* sequence::TICKET.next(): CACHE 1 */
 #endif
 }
 
-inline insert() { /* insert(), insert_plain(): rows that nobody else sees yet */
+inline insert() { /* insert(): rows that nobody else sees yet */
     d_step { mine = mine | EVENT(drawn); pushed++; pushes_made++; WITNESS() }
 }
 

@@ -247,6 +247,22 @@ SELECT count(*) FROM lockstep.generation_current('repo');
 \echo :SQLSTATE
 ROLLBACK;
 
+-- 55000: the token sequence was left behind, as a logical replication leaves it.
+SELECT lockstep.resource_create('left behind', ARRAY['a', 'b']) > 0 AS created;
+SELECT lockstep.generation_increment('left behind', ARRAY['a']);
+SELECT lockstep.resource_create('deleted') > 0 AS created, lockstep.resource_delete('deleted');
+SELECT last_value AS token FROM lockstep.token \gset
+SELECT setval('lockstep.token', 1) < :token AS set_back;
+SELECT status FROM lockstep.replica_sync_begin('left behind', 'b', 'w');
+\echo :SQLSTATE
+SELECT count(*) FROM lockstep.replica_sync_claim('w');
+\echo :SQLSTATE
+SELECT lockstep.resource_create('deleted') > 0 AS created;
+\echo :SQLSTATE
+SELECT lockstep.after_data_loss();
+SELECT status FROM lockstep.replica_sync_begin('left behind', 'b', 'w');
+SELECT lockstep.resource_create('deleted') > :token AS created;
+
 -- The same through PL/pgSQL, with all that a driver gets.
 DO $$
 DECLARE
