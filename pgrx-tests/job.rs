@@ -911,6 +911,20 @@ mod tests {
             "queue tenant claimed_until"
         );
         assert_eq!(columns("lockstep.queues_pkey"), "queue every_tenant tenant");
+        assert_eq!(
+            columns("lockstep.resources"),
+            "tenant resource incarnation generation created_at changed_at deleted_at"
+        );
+        assert_eq!(
+            columns("lockstep.replicas"),
+            "tenant resource replica generation synced_at due_at sync_token sync_holder sync_started_at sync_expires_at \
+             sync_generation sync_source sync_source_lost retry_count retry_at missing_at_source last_error"
+        );
+        assert_eq!(columns("lockstep.resources_pkey"), "tenant resource");
+        assert_eq!(
+            columns("lockstep.replicas_tenant_due_at_idx"),
+            "tenant due_at"
+        );
     }
 
     #[pg_test]

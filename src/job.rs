@@ -13,7 +13,7 @@
 //!    index that allows only one, and one of them would wait for the other's transaction, or fail;
 //! 2. with a snapshot taken after that lock: nothing of the key is in progress, or only what has expired. The snapshot of the
 //!    search would not show the claim whose transaction has just ended;
-//! 3. the row, locked with SKIP LOCKED and found ready still: somebody may be enqueueing onto it, or have it already;
+//! 3. the row, if that needs no wait and it is as the snapshot shows it: somebody may be enqueueing onto it, or have it already;
 //! 4. the token and the clock, drawn after that lock.
 //!
 //! A claim waits for nothing, and touches no job but those that it returns, those that expired or failed of the same keys, and
@@ -138,8 +138,8 @@ fn job_claim(
 }
 
 /// Makes the claims last for `ttl` from now and returns the ids of the jobs that are still claimed with these tokens. Waits for
-/// nobody: a job that its worker is just completing or failing in another transaction is returned and left as it is. Raises
-/// 22023, 22004.
+/// nobody: a job that its worker is just completing or failing in another transaction, or that another renewal has, is returned
+/// and left as it is. Raises 22023, 22004.
 #[pg_extern(security_definer, volatile, parallel_unsafe)]
 #[search_path(pg_catalog, lockstep, pg_temp)]
 fn job_renew(

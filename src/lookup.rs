@@ -172,13 +172,12 @@ unsafe fn begin_scan(
     }
 }
 
-/// How a row is locked.
+/// How a row is locked: as FOR UPDATE, FOR NO KEY UPDATE and FOR SHARE do.
 #[derive(Clone, Copy)]
 pub enum Strength {
-    /// FOR UPDATE.
     Update,
-    /// FOR NO KEY UPDATE.
     NoKeyUpdate,
+    Share,
 }
 
 impl Strength {
@@ -186,6 +185,7 @@ impl Strength {
         match self {
             Strength::Update => pg_sys::LockTupleMode::LockTupleExclusive,
             Strength::NoKeyUpdate => pg_sys::LockTupleMode::LockTupleNoKeyExclusive,
+            Strength::Share => pg_sys::LockTupleMode::LockTupleShare,
         }
     }
 }
@@ -241,21 +241,21 @@ impl Walk<'_> {
         })
     }
 
-    /// Locks the row of the last step, which there was, and returns it as it is now. None: somebody else has it, or it is no longer
-    /// there.
+    /// Locks the row of the last step, which there was. False: somebody else has it, or has changed it since the snapshot was taken.
     ///
     /// Never waits, as SKIP LOCKED does now and then: when the transaction that has the row ends just then, and another has its new
-    /// version already, the executor's LOCK_UPDATE_IN_PROGRESS waits for that one (heap_lock_updated_tuple knows no policy), and
-    /// two sessions that skip each other's rows deadlock. Locks of this strength have no need of the flag.
-    pub fn lock(&mut self, strength: Strength) -> Option<Row<'_>> {
-        // SAFETY: the slot holds a row of the table. A call through the table's access method, like the executor's: of the newest
-        // version, and skipping what is locked.
-        let result = unsafe {
+    /// version already, the executor waits for that one (heap_lock_updated_tuple knows no policy), and two sessions that skip each
+    /// other's rows deadlock. So this follows no row to a newer version, and locks none that is not as it was seen.
+    pub fn lock(&mut self, strength: Strength) -> bool {
+        // SAFETY: the slot holds a row of the table. A call through the table's access method, like the executor's.
+        unsafe {
             let mut tid = (*self.slot).tts_tid;
             let mut failure = pg_sys::TM_FailureData::default();
-            let tuple_lock = (*(*self.lookup.table).rd_tableam).tuple_lock?;
+            let Some(tuple_lock) = (*(*self.lookup.table).rd_tableam).tuple_lock else {
+                return false;
+            };
             let command = pg_sys::GetCurrentCommandId(true);
-            pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            let result = pg_sys::ffi::pg_guard_ffi_boundary(|| {
                 tuple_lock(
                     self.lookup.table,
                     &mut tid,
@@ -264,15 +264,22 @@ impl Walk<'_> {
                     command,
                     strength.as_pg(),
                     pg_sys::LockWaitPolicy::LockWaitSkip,
-                    pg_sys::TUPLE_LOCK_FLAG_FIND_LAST_VERSION as u8,
+                    0,
                     &mut failure,
                 )
-            })
-        };
-        (result == pg_sys::TM_Result::TM_Ok).then_some(Row {
-            slot: self.slot,
-            _walk: PhantomData,
-        })
+            });
+            result == pg_sys::TM_Result::TM_Ok
+        }
+    }
+
+    /// Locks the next row, if `read` gives something for it; that.
+    pub fn lock_next<T>(
+        &mut self,
+        strength: Strength,
+        read: impl FnOnce(&Row) -> Option<T>,
+    ) -> Option<T> {
+        let value = read(&self.step()?)?;
+        self.lock(strength).then_some(value)
     }
 }
 

@@ -1,13 +1,14 @@
 //! What wants a sync: the pick among it that several workers make without meeting, and the claim of what was picked.
 //!
-//! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked, so the order in which it meets
-//! resources does not matter. Until its transaction ends nobody else picks the same. (PostgreSQL's SKIP LOCKED can wait in one moment,
-//! which [`crate::lookup::Walk::lock`] describes; here it can last as long as another's change of the resource.)
+//! A pick locks as a sync does, the resource shared and then the replica, and skips what is locked: it waits for nobody, so the
+//! order in which it meets resources cannot deadlock. Until its transaction ends nobody else picks the same.
 
 use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 use std::collections::HashSet;
 
+use super::resource;
 use crate::error::Error;
+use crate::lookup::{Key, Lookup, Row, Strength};
 use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
@@ -25,6 +26,28 @@ pub struct Due {
     pub held: Option<i64>,
     pub generation: i64,
     pub due_at: Option<TimestampWithTimeZone>,
+}
+
+impl Due {
+    /// Of a row that nobody is syncing. The resource's generation is not in it.
+    fn of(row: &Row, tenant: &str, now: TimestampWithTimeZone) -> Option<Self> {
+        let expires_at: Option<TimestampWithTimeZone> = row.get(column::SYNC_EXPIRES_AT);
+        let is_syncing = row.get::<i64>(column::SYNC_TOKEN).is_some()
+            && expires_at.is_some_and(|expires_at| expires_at > now);
+        if is_syncing {
+            return None;
+        }
+        Some(Due {
+            name: Name {
+                tenant: tenant.to_owned(),
+                resource: row.get(column::RESOURCE)?,
+                replica: row.get(column::REPLICA)?,
+            },
+            held: row.get(column::GENERATION),
+            generation: 0,
+            due_at: row.get(column::DUE_AT),
+        })
+    }
 }
 
 pub struct Claimed {
@@ -54,7 +77,7 @@ pub fn claim(
 
 fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
     if let Some(tenant) = tenant {
-        return pick_of(spi, tenant, max);
+        return pick_of(tenant, max);
     }
     let mut tenants = tenants(spi);
     let mut share = 0;
@@ -67,7 +90,7 @@ fn pick(spi: &Spi, max: usize, tenant: Option<&str>) -> Vec<Due> {
                 return false;
             }
             // What this transaction has picked before comes again: it skips the locks of others only.
-            let of_tenant = pick_of(spi, tenant, share);
+            let of_tenant = pick_of(tenant, share);
             let more = of_tenant.len() == share;
             let new = of_tenant
                 .into_iter()
@@ -101,36 +124,43 @@ fn tenants(spi: &Spi) -> Vec<String> {
         .collect()
 }
 
-fn pick_of(spi: &Spi, tenant: &str, max: usize) -> Vec<Due> {
-    // The clock is read before: a pick waits for nothing, and the index is walked only as far as something is due. Without the
-    // || the planner would know the resource's tenant, and might walk all its resources.
-    static PICK: Plan = Plan::new(
-        "SELECT p.resource, p.replica, p.generation, r.generation, p.due_at
-         FROM lockstep.replicas AS p
-         JOIN lockstep.resources AS r ON r.tenant = p.tenant || '' AND r.resource = p.resource
-         WHERE p.tenant = $1 AND p.due_at <= $3 AND (p.sync_token IS NULL OR p.sync_expires_at <= $3)
-         ORDER BY p.due_at LIMIT $2
-         FOR SHARE OF r SKIP LOCKED FOR NO KEY UPDATE OF p SKIP LOCKED",
-    );
-    let args = [
-        Arg::from(tenant),
-        Arg::from(max as i64),
-        Arg::from(clock_timestamp()),
-    ];
-    let rows = spi.write(&PICK, &args);
-    let due = |row| {
-        Some(Due {
-            name: Name {
-                tenant: tenant.to_owned(),
-                resource: rows.get(row, 1)?,
-                replica: rows.get(row, 2)?,
-            },
-            held: rows.get(row, 3),
-            generation: rows.get(row, 4)?,
-            due_at: rows.get(row, 5),
-        })
-    };
-    (0..rows.count()).filter_map(due).collect()
+/// The clock is read before: a pick waits for nothing, and the index is walked only as far as something is due.
+fn pick_of(tenant: &str, max: usize) -> Vec<Due> {
+    let now = clock_timestamp();
+    let replicas = Lookup::to_lock(c"replicas");
+    let resources = Lookup::to_lock(resource::TABLE);
+    let keys = [Key::equal(1, tenant), Key::at_most(2, now)];
+    let mut walk = replicas.walk(c"replicas_tenant_due_at_idx", &keys);
+    let mut picked = Vec::new();
+    while picked.len() < max
+        && let Some(row) = walk.step()
+    {
+        let Some(mut due) = Due::of(&row, tenant, now) else {
+            continue;
+        };
+        let key = resource::Key {
+            tenant,
+            resource: &due.name.resource,
+        };
+        let resource = resource::lock_if_free(&resources, key, Strength::Share, |_| true);
+        if let Some(resource) = resource
+            && walk.lock(Strength::NoKeyUpdate)
+        {
+            due.generation = resource.generation;
+            picked.push(due);
+        }
+    }
+    picked
+}
+
+/// The columns of `lockstep.replicas` that are looked up without SQL.
+mod column {
+    pub const RESOURCE: i16 = 2;
+    pub const REPLICA: i16 = 3;
+    pub const GENERATION: i16 = 4;
+    pub const DUE_AT: i16 = 6;
+    pub const SYNC_TOKEN: i16 = 7;
+    pub const SYNC_EXPIRES_AT: i16 = 10;
 }
 
 fn claim_picked(

@@ -3,9 +3,11 @@
 //! Invariant: an incarnation is drawn under the lock of the resource's row, from the sequence that also gives the tokens of
 //! syncs. So a token below the resource's incarnation was given out for something that has since been deleted.
 
-use pgrx::datum::Interval;
+use pgrx::datum::{Interval, TimestampWithTimeZone};
+use std::ffi::CStr;
 
 use crate::error::Error;
+use crate::lookup::{self, Lookup, Row, Strength};
 use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
@@ -41,6 +43,22 @@ pub struct Resource {
     pub deleted: bool,
 }
 
+/// The table, and the columns of it that are looked up without SQL.
+pub const TABLE: &CStr = c"resources";
+const INCARNATION: i16 = 3;
+const GENERATION: i16 = 4;
+const DELETED_AT: i16 = 7;
+
+impl Resource {
+    fn of(row: &Row) -> Option<Self> {
+        Some(Resource {
+            incarnation: row.get(INCARNATION)?,
+            generation: row.get(GENERATION)?,
+            deleted: row.get::<TimestampWithTimeZone>(DELETED_AT).is_some(),
+        })
+    }
+}
+
 /// Locks the row against everybody, to change the resource or to say which replicas are current. Waits, obeying lock_timeout.
 pub fn lock(spi: &Spi, key: Key) -> Result<Option<Resource>, Error> {
     // NO KEY: the lock that an UPDATE of the row takes. It conflicts with the syncs' FOR SHARE.
@@ -58,6 +76,21 @@ pub fn lock_shared(spi: &Spi, key: Key) -> Result<Option<Resource>, Error> {
          WHERE r.tenant = $1 AND r.resource = $2 FOR SHARE",
     );
     lock_with(spi, key, &SHARED)
+}
+
+/// Locks the row, if the resource is as it should be and nobody has locked it; the resource. For READ COMMITTED.
+pub fn lock_if_free(
+    resources: &Lookup,
+    key: Key,
+    strength: Strength,
+    is_right: impl FnOnce(&Resource) -> bool,
+) -> Option<Resource> {
+    let keys = [
+        lookup::Key::equal(1, key.tenant),
+        lookup::Key::equal(2, key.resource),
+    ];
+    let mut walk = resources.walk(c"resources_pkey", &keys);
+    walk.lock_next(strength, |row| Resource::of(row).filter(is_right))
 }
 
 /// Locks a resource that is there, else 42704.
@@ -201,13 +234,12 @@ pub fn bury(spi: &Spi, key: Key) {
 /// Removes the tenant's tombstones of that age; not those with a live claim, and not those that somebody is using.
 pub fn purge(tenant: &str, older_than: Interval) -> Result<i64, Error> {
     const BATCH: usize = 10_000;
-    static LOCK: Plan = Plan::new(
-        "SELECT r.resource FROM lockstep.resources AS r
+    static FIND: Plan = Plan::new(
+        "SELECT r.resource, r.incarnation FROM lockstep.resources AS r
          WHERE r.tenant = $1 AND r.deleted_at IS NOT NULL AND r.deleted_at <= pg_catalog.clock_timestamp() - $2::interval
            AND NOT EXISTS (SELECT FROM lockstep.replicas AS p
                            WHERE p.tenant = r.tenant AND p.resource = r.resource
-                             AND p.sync_expires_at > pg_catalog.clock_timestamp())
-         ORDER BY r.deleted_at LIMIT $3 FOR UPDATE OF r SKIP LOCKED",
+                             AND p.sync_expires_at > pg_catalog.clock_timestamp())",
     );
     // A claim that was made and orphaned while the rows were being locked is live, and not in the snapshot of that statement.
     static DELETE: Plan = Plan::new(
@@ -225,22 +257,28 @@ pub fn purge(tenant: &str, older_than: Interval) -> Result<i64, Error> {
          SELECT pg_catalog.count(*) FROM purged",
     );
     let spi = Spi::connect();
+    let rows = spi.read(
+        &FIND,
+        At::Latest,
+        &[Arg::from(tenant), Arg::from(older_than)],
+    );
+    let found: Vec<(String, i64)> = (0..rows.count())
+        .filter_map(|row| Some((rows.get(row, 1)?, rows.get(row, 2)?)))
+        .collect();
     let mut purged = 0;
-    loop {
-        let args = [
-            Arg::from(tenant),
-            Arg::from(older_than),
-            Arg::from(BATCH as i64),
-        ];
-        let rows = spi.write(&LOCK, &args);
-        let locked: Vec<String> = (0..rows.count())
-            .filter_map(|row| rows.get(row, 1))
-            .collect();
-        let count = locked.len();
+    for batch in found.chunks(BATCH) {
+        let resources = Lookup::to_lock(TABLE);
+        let lock = |(resource, incarnation): &(String, i64)| {
+            let key = Key { tenant, resource };
+            lock_if_free(&resources, key, Strength::Update, |resource| {
+                resource.deleted && resource.incarnation == *incarnation
+            })
+            .map(|_| resource.clone())
+        };
+        let locked: Vec<String> = batch.iter().filter_map(lock).collect();
+        drop(resources);
         let rows = spi.write(&DELETE, &[Arg::from(tenant), Arg::from(locked)]);
         purged += rows.get::<i64>(0, 1).unwrap_or_default();
-        if count < BATCH {
-            return Ok(purged);
-        }
     }
+    Ok(purged)
 }

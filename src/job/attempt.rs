@@ -1,8 +1,8 @@
 //! The end of an attempt, and what keeps it from ending: renewing, guarding.
 //!
-//! Each statement asks for the token and locks the row in one, so it either meets the attempt or finds it lost. Nothing here
-//! takes a lock but that of the row; what touches several rows skips those that are locked ([`crate::lookup::Walk::lock`]), so no
-//! two of these can deadlock.
+//! Each asks for the token and locks the row in one, so it either meets the attempt or finds it lost. Nothing here takes a lock
+//! but that of the row; what touches several rows skips those that are locked ([`crate::lookup::Walk::lock`]), so no two of these
+//! can deadlock.
 
 use pgrx::datum::{Interval, TimestampWithTimeZone, clock_timestamp};
 
@@ -224,33 +224,34 @@ pub fn reap(tenant: Option<&str>) -> i64 {
 
 /// The ids of the jobs that are still claimed with their tokens. Rows are skipped that others have locked: to wait for them in any
 /// order could deadlock with a transaction that completes several jobs. A claim that has not expired can be locked so by its own
-/// worker alone, so it is still that worker's; of one that has, nobody can tell.
+/// worker, by another renewal or by a cancel that has not committed, so it is still that worker's; of one that has, nobody can tell.
 pub fn renew(job_ids: Vec<i64>, tokens: Vec<i64>, ttl: Interval) -> Vec<i64> {
     static RENEW: Plan = Plan::new(
         "UPDATE lockstep.jobs SET claimed_until = pg_catalog.clock_timestamp() + $2 WHERE job_id = ANY ($1)",
     );
-    static LOCKED: Plan = Plan::new(
+    static CLAIMED: Plan = Plan::new(
         "SELECT r.job_id
          FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS g (job_id, token)
          JOIN lockstep.jobs AS r ON r.job_id = g.job_id AND r.token = g.token
-         WHERE r.claimed_until > pg_catalog.clock_timestamp() AND NOT r.job_id = ANY ($3)",
+         WHERE r.claimed_until > pg_catalog.clock_timestamp()",
     );
     let spi = Spi::connect();
     let jobs = Lookup::to_lock(row::TABLE);
-    let lock = |(job_id, token): (&i64, &i64)| {
-        let if_held = |row: &Row| (row.get(row::TOKEN) == Some(*token)).then_some(*job_id);
-        row::lock(&jobs, *job_id, Strength::NoKeyUpdate, if_held)
+    let lock = |(job_id, token): &(i64, i64)| {
+        let if_claimed = |row: &Row| (row.get(row::TOKEN) == Some(*token)).then_some(());
+        row::lock(&jobs, *job_id, Strength::NoKeyUpdate, if_claimed).is_some()
     };
-    let mut owned: Vec<i64> = job_ids.iter().zip(&tokens).filter_map(lock).collect();
+    let (locked, skipped): (Vec<_>, Vec<_>) = job_ids.into_iter().zip(tokens).partition(lock);
     drop(jobs);
+    let mut owned: Vec<i64> = locked.into_iter().map(|(job_id, _)| job_id).collect();
     spi.write_latest(&RENEW, &[Arg::from(owned.clone()), Arg::from(ttl)]);
-    if owned.len() < job_ids.len() {
-        let args = [
-            Arg::from(job_ids),
-            Arg::from(tokens),
-            Arg::from(owned.clone()),
-        ];
-        let rows = spi.read(&LOCKED, At::Latest, &args);
+    if !skipped.is_empty() {
+        let (job_ids, tokens): (Vec<i64>, Vec<i64>) = skipped.into_iter().unzip();
+        let rows = spi.read(
+            &CLAIMED,
+            At::Latest,
+            &[Arg::from(job_ids), Arg::from(tokens)],
+        );
         owned.extend((0..rows.count()).filter_map(|row| rows.get::<i64>(row, 1)));
     }
     owned.sort_unstable();

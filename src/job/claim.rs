@@ -114,6 +114,7 @@ impl Claim<'_> {
     /// Until there are `until` jobs in all, or nothing more to try.
     fn search(&mut self, at: &mut InTenant, until: usize) {
         while self.try_in_order(at, until) {
+            // Only where there is a limit, and then what was taken is claimed already.
             at.tried.clear();
         }
     }
@@ -125,6 +126,8 @@ impl Claim<'_> {
         let mut depth = wanted + SPARE;
         let mut walk: Option<KeyWalk> = None;
         loop {
+            // What was locked up to now is not to be found again.
+            self.claim_locked(None);
             let jobs = Lookup::of(row::TABLE, At::Latest);
             let mut found = search::search(&jobs, self.jobs.spi(), queue, at.tenant, wanted, depth);
             if walk.is_some() {

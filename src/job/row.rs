@@ -96,16 +96,15 @@ pub fn in_progress(jobs: &Lookup, queue: &str, tenant: &str, key: &str) -> Optio
         .get(JOB_ID)
 }
 
-/// Locks a job, unless somebody has: what `read` gives for the row as it is then. `read` gives None for a row that is not to be locked.
+/// Locks a job, unless somebody has, if `read` gives something for its row; that.
 pub fn lock<T>(
     jobs: &Lookup,
     job_id: i64,
     strength: Strength,
-    read: impl Fn(&Row) -> Option<T>,
+    read: impl FnOnce(&Row) -> Option<T>,
 ) -> Option<T> {
-    let mut walk = jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)]);
-    read(&walk.step()?)?;
-    read(&walk.lock(strength)?)
+    jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)])
+        .lock_next(strength, read)
 }
 
 /// Locks the first ready twin of a job that nobody has locked, one that has not failed before one that has; its id.
@@ -117,13 +116,7 @@ pub fn lock_twin(jobs: &Lookup, job_id: i64) -> Option<i64> {
     let mut walk = jobs.walk(by_twin::INDEX, &twin_keys(&queue, &tenant, &key, &kind));
     while let Some(row) = walk.step() {
         let twin = row.get(JOB_ID)?;
-        if twin != job_id
-            && walk
-                .lock(Strength::Update)
-                .as_ref()
-                .and_then(if_ready)
-                .is_some()
-        {
+        if twin != job_id && walk.lock(Strength::Update) {
             return Some(twin);
         }
     }

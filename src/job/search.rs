@@ -1,4 +1,4 @@
-//! Which jobs a claim tries, and in which order. A search only reads: what it finds may be another's by now.
+//! Which jobs a claim tries, and in which order. What a search finds may be another's by now.
 //!
 //! Five streams, each the walk of an index, are merged: jobs with a key and jobs without one, ready at once or when a time has
 //! come, and expired claims. They are kept apart so that none has to read through another's rows: the clock's through those that are
@@ -321,7 +321,7 @@ pub fn search<'jobs>(
 }
 
 /// Locks up to `count` jobs without a key that are ready at once, in their order, none of less priority than `least`; their ids. Skips
-/// what others have locked, and what was `tried`.
+/// what others have locked or taken, and what was `tried`.
 pub fn lock_keyless(
     jobs: &Lookup,
     queue: &str,
@@ -342,11 +342,7 @@ pub fn lock_keyless(
         if is_of(&row, queue, tenant)
             && let Some(job_id) = row.get(row::JOB_ID)
             && !tried.contains(&job_id)
-            && walk
-                .lock(Strength::Update)
-                .as_ref()
-                .and_then(row::if_due)
-                .is_some()
+            && walk.lock(Strength::Update)
         {
             tried.insert(job_id);
             locked.push(job_id);

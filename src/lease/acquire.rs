@@ -127,9 +127,7 @@ fn take_over(spi: &Spi, request: &Request) -> Result<Attempt, Error> {
         return Ok(Attempt::Refused);
     }
     // Skips a row that is being deleted, or that somebody locked by hand.
-    let previous = state::lock_if_free(request.name, |lease| lease.open)
-        .filter(|lease| lease.open)
-        .map(|lease| lease.token);
+    let previous = state::lock_if_free(request.name, |lease| lease.open).map(|lease| lease.token);
     if previous.is_none()
         && let Some(lease) = state::read(request.name)
     {

@@ -51,10 +51,13 @@ fn described(lease: Option<Lease>, token: i64) -> String {
 
 /// Whether this transaction guards the lease, now or at its COMMIT.
 pub fn is_guarded(name: &str) -> bool {
-    Tag::lease(name).is_held(Mode::Shared) || noted().iter().any(|guard| guard.name == name)
+    Tag::lease(name).is_held(Mode::Shared)
+        || memory::look(&AT_COMMIT, |guards| {
+            guards.filter(|guard| guard.name == name).count() > 0
+        })
 }
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 struct AtCommit {
     name: String,
     token: i64,
@@ -66,7 +69,8 @@ thread_local! {
 
 pub fn guard_at_commit(name: &str, token: i64) {
     let name = name.to_owned();
-    if memory::note(&AT_COMMIT, AtCommit { name, token }, |_| false) {
+    let guard = AtCommit { name, token };
+    if memory::note(&AT_COMMIT, guard.clone(), |noted| *noted == guard) {
         register_xact_callback(PgXactCallbackEvent::PreCommit, check_all);
         register_xact_callback(PgXactCallbackEvent::PrePrepare, || {
             if let Some(guard) = noted().into_iter().next() {

@@ -41,7 +41,7 @@ pub fn lock_held(spi: &Spi, name: &str, token: i64, wait: Wait) -> Option<Timest
     );
     let held = |lease: Lease| lease.is_held_with(token).then_some(lease.expires_at);
     let expires_at = match state::lock_if_free(name, |lease| lease.is_held_with(token)) {
-        Some(lease) => held(lease)?,
+        Some(lease) => lease.expires_at,
         None if wait == Wait::ForRow && state::read(name).and_then(held).is_some() => {
             let args = [Arg::from(name), Arg::from(token)];
             spi.write_latest(&LOCK, &args).get(0, 1)?

@@ -2,6 +2,7 @@
 
 use pgrx::datum::Interval;
 
+use super::state;
 use crate::lock::{Holder, Locks};
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
@@ -48,16 +49,22 @@ pub fn locks() -> Vec<Lock> {
 /// sequence for all leases, so that one which is made again under its old name gets a greater token than it ever had.
 pub fn delete_expired(older_than: Interval) -> i64 {
     // As `Lease::opens_at`.
-    static DELETE: Plan = Plan::joining(
-        "DELETE FROM lockstep.leases AS d
-         WHERE d.name IN (
-             SELECT l.name FROM lockstep.leases AS l
-             WHERE GREATEST(l.expires_at, l.min_hold_until, CASE WHEN l.holder IS NOT NULL THEN l.expires_at + l.lock_delay END)
-                 <= pg_catalog.clock_timestamp() - $1
-             FOR UPDATE SKIP LOCKED)",
+    static FIND: Plan = Plan::joining(
+        "SELECT l.name, l.token FROM lockstep.leases AS l
+         WHERE GREATEST(l.expires_at, l.min_hold_until, CASE WHEN l.holder IS NOT NULL THEN l.expires_at + l.lock_delay END)
+             <= pg_catalog.clock_timestamp() - $1",
     );
+    static DELETE: Plan = Plan::new("DELETE FROM lockstep.leases WHERE name = ANY ($1)");
     let spi = Spi::connect();
-    spi.write_latest(&DELETE, &[Arg::from(older_than)]).count() as i64
+    let rows = spi.read(&FIND, At::Latest, &[Arg::from(older_than)]);
+    // Whoever has acquired it since has another token.
+    let lock = |name: &String, token| {
+        state::lock_if_free(name, |lease| Some(lease.token) == token).is_some()
+    };
+    let locked: Vec<String> = (0..rows.count())
+        .filter_map(|row| rows.get(row, 1).filter(|name| lock(name, rows.get(row, 2))))
+        .collect();
+    spi.write_latest(&DELETE, &[Arg::from(locked)]).count() as i64
 }
 
 /// Makes every token that was handed out up to now one that nobody holds.

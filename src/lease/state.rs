@@ -40,14 +40,10 @@ pub fn read(name: &str) -> Option<Lease> {
     Lease::of(&walk(&leases, name).step()?)
 }
 
-/// Locks the row, if the lease is as it should be and nobody has locked it; the lease as it is then.
+/// Locks the row, if the lease is as it should be and nobody has locked it; the lease.
 pub fn lock_if_free(name: &str, is_right: impl FnOnce(&Lease) -> bool) -> Option<Lease> {
     let leases = Lookup::to_lock(c"leases");
-    let mut walk = walk(&leases, name);
-    if !is_right(&Lease::of(&walk.step()?)?) {
-        return None;
-    }
-    Lease::of(&walk.lock(Strength::NoKeyUpdate)?)
+    walk(&leases, name).lock_next(Strength::NoKeyUpdate, |row| Lease::of(row).filter(is_right))
 }
 
 impl Lease {

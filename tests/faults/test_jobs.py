@@ -123,6 +123,19 @@ def test_a_claim_reads_once_past_the_jobs_that_an_open_claim_has(db):
     assert 0 < read < 50_000
 
 
+def test_a_claim_that_reads_on_past_locked_jobs_keeps_to_the_order_of_age(db):
+    session, other = db.connect(), db.connect()
+    for kinds, delay in ("a 10", "0"), ("due 30", "1 microsecond"), ("z 10", "0"):
+        kind, count = kinds.split()
+        session.execute(
+            "SELECT lockstep.job_enqueue('q', NULL, %s || n, delay => %s::interval) FROM generate_series(1, %s) AS n", (kind, delay, int(count))
+        )
+    with other.transaction():
+        other.execute("SELECT FROM lockstep.jobs WHERE kind LIKE 'due%' ORDER BY job_id LIMIT 25 FOR UPDATE")
+        kinds = [kind for _, _, kind, _ in claim(session, max_jobs=12)]
+    assert kinds == [f"a{n}" for n in range(1, 11)] + ["due26", "due27"]
+
+
 def test_a_claim_that_has_as_many_keys_as_it_can_have_looks_at_no_more(db):
     session = db.connect()
     session.execute("SELECT lockstep.job_enqueue('q', n::text, 'a') FROM generate_series(1, 20000) AS n")
