@@ -34,10 +34,12 @@ QUERIES = (
     LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
     WHERE c.relnamespace = 'lockstep'::regnamespace
     """,
+    # pg_attver: PostgreSQL's own mark since 15.20, different in each table.
     """
     SELECT 'column', format('%s.%s', a.attrelid::regclass, a.attname),
            (a.attnum, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated, a.attstorage,
-            a.attcompression, a.attcollation::regcollation, a.attisdropped, a.attislocal, sorted(a.attacl), sorted(a.attoptions),
+            a.attcompression, a.attcollation::regcollation, a.attisdropped, a.attislocal, sorted(a.attacl),
+            array(SELECT o FROM unnest(a.attoptions) AS o WHERE o NOT LIKE 'pg_attver=%' ORDER BY o),
             pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum))::text
     FROM pg_attribute AS a
     JOIN pg_class AS c ON c.oid = a.attrelid AND c.relnamespace = 'lockstep'::regnamespace
