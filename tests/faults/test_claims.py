@@ -245,6 +245,27 @@ def test_a_million_events_that_do_not_match_are_scanned_once(session):
     assert read < 100
 
 
+def test_behind_a_long_backlog_a_claim_of_one_in_ten_event_types_reads_ten_events_for_each_that_it_gives(session):
+    session.execute(
+        """
+        INSERT INTO lockstep.events (tenant, position, aggregate_type, aggregate_id, sequence, event_type, payload, created_at)
+        SELECT '', n, 't', 'a', n, 'type ' || n % 10, '{}', now() FROM generate_series(1, 200000) AS n;
+        SELECT lockstep.ticket_resync();
+        ANALYZE lockstep.events
+        """
+    )
+    call(session, "projection_create", name="one", event_types=["type 3"])
+    call(session, "projection_create", name="all", event_types=[f"type {n}" for n in range(10)])
+    for name, share in ("one", 10), ("all", 1), ("one", 10), ("all", 1):
+        with session.transaction():
+            before = session.execute(TUPLES_READ).fetchone()[0]
+            positions = claim(session, name, max_events=100)
+            read = session.execute(TUPLES_READ).fetchone()[0] - before
+            advance(session, name)
+        assert len(positions) == 100
+        assert 100 * share <= read + 1 and read < 150 * share, (name, read)
+
+
 def test_a_claim_stops_at_its_scan_limit_and_loses_nothing_around_it(session):
     call(session, "projection_create", name="f", event_types=["wanted"])
     session.execute("SET lockstep.claim_scan_limit = 10")
