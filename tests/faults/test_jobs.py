@@ -161,7 +161,10 @@ def test_a_claim_in_any_tenant_takes_no_look_into_those_where_nothing_is_due(db)
     with session.transaction():
         assert len(claim(session, max_jobs=5, tenant=None)) == 2
         read = rows_read(session)
+        # A look into a tenant begins with the queue's settings there.
+        (looks,) = session.execute("SELECT pg_stat_get_xact_numscans('lockstep.queues_pkey'::regclass)").fetchone()
     assert 0 < read < 30_000
+    assert 2 <= looks < 20
 
 
 def test_acknowledging_by_id_reads_one_row_however_many_are_in_progress(db):
