@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from server import BINDIR, SERVER_USER
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benches"))
@@ -354,6 +355,13 @@ def test_each_peer_is_explained():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     files = {path.name for path in (ROOT / "benches" / "peers").iterdir() if path.suffix in (".py", ".js")} - {"__init__.py", "install.py"}
     assert files - set(re.findall(r"benches/peers/([\w.]+)", page)) == set()
+
+
+def test_every_call_whose_instructions_are_counted_can_be_executed(cluster):
+    counter = SimpleNamespace(**runpy.run_path(ROOT / "benches" / "instructions"))
+    single = counter.Server(BINDIR, cluster(start=False).directory, SERVER_USER)
+    for call in (counter.NOTHING, *counter.CALLS):
+        single.execute("base", call.statements(20))
 
 
 def test_the_quick_run_has_room_for_five_rounds():
