@@ -121,6 +121,15 @@ class Cluster:
         wait_until(lambda: not any(_alive(pid) for pid in [*children, postmaster]), 60)
         self._forget()
 
+    def stop_wal_writer(self):
+        """SIGSTOP to the WAL writer: what no commit waits for is not flushed any more, until `crash`.
+
+        A long wal_writer_delay is not enough: on some versions each full page of WAL wakes it.
+        """
+        with self.connect() as connection:
+            (pid,) = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").fetchone()
+        os.kill(pid, signal.SIGSTOP)
+
     def limit_file_size(self, size):
         """`ulimit -f` for all processes of the server: those that start later have it from the postmaster."""
         postmaster = self._postmaster()

@@ -22,6 +22,7 @@ def test_after_a_crash_no_number_that_barrier_returned_names_a_later_event(durab
     own, database = durable
     promised, confirmed, repeated = [], [], 0
     for _ in range(4):
+        own.stop_wal_writer()
         session, writer = database.connect(), database.connect()
         confirmed += [push(session) for _ in range(3)]
         confirmed += push_many(session, 2)
