@@ -112,6 +112,8 @@ def verdict(cell, summary, others):
         said.append(f"{goal}: {'met' if goal.met(summary.value if goal.of == 'value' else summary.ratio) else 'missed'}")
     if cell["topic"] == "loss" and summary.state != "error" and cell["attempts"]:
         said.append("loses nothing: met")
+    if cell["topic"] == "hot aggregate" and summary.state == "measured":
+        said.append(f"no attempt refused: {'missed' if summary.failed else 'met'}")
     rivals = [other for other in others if other.state == "measured"]
     if cell["ahead"] and rivals and summary.state == "measured":
         best = (min if cell["less_is_better"] else max)(rival.ratio for rival in rivals)

@@ -307,6 +307,13 @@ def test_a_goal_that_is_not_met_is_shown_as_missed(document):
     assert "≥ 0.95: missed; ahead of its peers: missed" in report.markdown(document)
 
 
+@pytest.mark.parametrize("failed, verdict", [(0, "met"), (3, "missed")])
+def test_an_attempt_that_lockstep_refused_at_a_hot_aggregate_is_a_goal_missed(document, failed, verdict):
+    refused = Attempt(1, Measurement(100), Measurement(97, failed=failed), Measurement(100))
+    document["cells"] = [result("lockstep", *[refused] * 5, topic="hot aggregate"), result("peer", *[refused] * 5, topic="hot aggregate")]
+    assert report.markdown(document).count(f"no attempt refused: {verdict}") == 1
+
+
 def test_lockstep_too_is_said_to_have_lost(document):
     document["cells"][3]["attempts"] = [as_json(attempt(100, 90, 100, lost=1))] * 5
     assert "| lockstep | LOST 5 |  | 5 | missed |" in report.markdown(document)
