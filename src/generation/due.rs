@@ -21,33 +21,21 @@ pub struct Name {
     pub replica: String,
 }
 
+impl Name {
+    fn of(row: &Row, tenant: &str) -> Option<Self> {
+        Some(Name {
+            tenant: tenant.to_owned(),
+            resource: row.get(column::RESOURCE)?,
+            replica: row.get(column::REPLICA)?,
+        })
+    }
+}
+
 pub struct Due {
     pub name: Name,
     pub held: Option<i64>,
     pub generation: i64,
     pub due_at: Option<TimestampWithTimeZone>,
-}
-
-impl Due {
-    /// Of a row that nobody is syncing. The resource's generation is not in it.
-    fn of(row: &Row, tenant: &str, now: TimestampWithTimeZone) -> Option<Self> {
-        let expires_at: Option<TimestampWithTimeZone> = row.get(column::SYNC_EXPIRES_AT);
-        let is_syncing = row.get::<i64>(column::SYNC_TOKEN).is_some()
-            && expires_at.is_some_and(|expires_at| expires_at > now);
-        if is_syncing {
-            return None;
-        }
-        Some(Due {
-            name: Name {
-                tenant: tenant.to_owned(),
-                resource: row.get(column::RESOURCE)?,
-                replica: row.get(column::REPLICA)?,
-            },
-            held: row.get(column::GENERATION),
-            generation: 0,
-            due_at: row.get(column::DUE_AT),
-        })
-    }
 }
 
 pub struct Claimed {
@@ -135,22 +123,42 @@ fn pick_of(tenant: &str, max: usize) -> Vec<Due> {
     while picked.len() < max
         && let Some(row) = walk.step()
     {
-        let Some(mut due) = Due::of(&row, tenant, now) else {
+        if is_syncing(&row, now) {
+            continue;
+        }
+        let Some(name) = Name::of(&row, tenant) else {
             continue;
         };
-        let key = resource::Key {
-            tenant,
-            resource: &due.name.resource,
+        let Some(generation) = lock_generation(&resources, &name) else {
+            continue;
         };
-        let resource = resource::lock_if_free(&resources, key, Strength::Share, |_| true);
-        if let Some(resource) = resource
-            && walk.lock(Strength::NoKeyUpdate)
-        {
-            due.generation = resource.generation;
+        let due = Due {
+            name,
+            held: row.get(column::GENERATION),
+            generation,
+            due_at: row.get(column::DUE_AT),
+        };
+        if walk.lock(Strength::NoKeyUpdate) {
             picked.push(due);
         }
     }
     picked
+}
+
+fn is_syncing(row: &Row, now: TimestampWithTimeZone) -> bool {
+    let expires_at: Option<TimestampWithTimeZone> = row.get(column::SYNC_EXPIRES_AT);
+    row.get::<i64>(column::SYNC_TOKEN).is_some()
+        && expires_at.is_some_and(|expires_at| expires_at > now)
+}
+
+/// The generation of the resource, whose row is locked shared, unless somebody has it.
+fn lock_generation(resources: &Lookup, name: &Name) -> Option<i64> {
+    let key = resource::Key {
+        tenant: &name.tenant,
+        resource: &name.resource,
+    };
+    resource::lock_if_free(resources, key, Strength::Share, |_| true)
+        .map(|resource| resource.generation)
 }
 
 /// The columns of `lockstep.replicas` that are looked up without SQL.
