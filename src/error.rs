@@ -290,20 +290,21 @@ impl Error {
             Error::DuplicateResource { incarnation, .. } => {
                 format!("Actual incarnation {incarnation}, expected none.")
             }
-            Error::NullArgument(_)
-            | Error::NullElement(_)
-            | Error::ReadOnly { .. }
-            | Error::UndefinedProjection(_)
-            | Error::DuplicateProjection(_)
-            | Error::UndefinedResource { deleted: false, .. }
-            | Error::UndefinedReplica { .. }
-            | Error::NotMember { .. }
-            | Error::NoHandler(_)
-            | Error::HandlerDenied(_)
-            | Error::NotSkipped { .. }
-            | Error::LeaseGuarded { .. }
-            | Error::TriggerProtocol(_)
-            | Error::Spi(_) => return None,
+            Error::NullArgument(_) => "Actual null, expected a value.".into(),
+            Error::NullElement(_) => "Actual null among its elements, expected values.".into(),
+            Error::ReadOnly { recovery: true, .. } => "The server is a standby.".into(),
+            Error::ReadOnly { .. } => "The function writes or locks.".into(),
+            Error::UndefinedProjection(_)
+            | Error::UndefinedResource { .. }
+            | Error::UndefinedReplica { .. } => "Actual none, expected one of this name.".into(),
+            Error::DuplicateProjection(_) => "Actual one of this name, expected none.".into(),
+            Error::NotMember { .. } => "A projection is given to roles of which the caller is a member.".into(),
+            Error::NoHandler(_) => "Actual handler null, expected a function.".into(),
+            Error::HandlerDenied(_) => "A projection's handler is called with its caller's rights.".into(),
+            Error::NotSkipped { .. } => "Actual: it is still being retried, expected: skipped.".into(),
+            Error::LeaseGuarded { .. } => "Another transaction guards, renews or acquires it.".into(),
+            Error::TriggerProtocol(_) => "A guard after a row, or for each of them, would come too late or too often.".into(),
+            Error::Spi(_) => return None,
         };
         Some(Cow::Owned(detail))
     }
@@ -394,17 +395,29 @@ impl Error {
             }
             Error::UndefinedResource { .. } => Some("Create it with resource_create."),
             Error::DuplicateResource { .. } => Some("Delete it first with resource_delete."),
-            Error::UniqueViolation { .. }
-            | Error::NullArgument(_)
-            | Error::NullElement(_)
-            | Error::UndefinedProjection(_)
-            | Error::UndefinedReplica { .. }
-            | Error::NotOwner { .. }
-            | Error::NotMember { .. }
-            | Error::HandlerDenied(_)
-            | Error::LeaseGuarded { .. }
-            | Error::TriggerProtocol(_)
-            | Error::Spi(_) => None,
+            Error::UniqueViolation { constraint, .. } => Some(match *constraint {
+                "events_tenant_event_id_key" => "The event is in the log already.",
+                _ => "Choose another value, or release it first.",
+            }),
+            Error::NullArgument(_) => {
+                Some("Give a value, or leave the argument out where it has a default.")
+            }
+            Error::NullElement(_) => Some("Leave the null out."),
+            Error::UndefinedProjection(_) => Some(
+                "Create it with projection_create; lockstep.projections has those that there are.",
+            ),
+            Error::UndefinedReplica { .. } => {
+                Some("lockstep.replica_status has those that there are.")
+            }
+            Error::NotOwner { .. } => {
+                Some("GRANT the owner's role to the caller, or SET ROLE to it.")
+            }
+            Error::NotMember { .. } => Some("GRANT the role to the caller."),
+            Error::HandlerDenied(_) => Some("GRANT EXECUTE ON FUNCTION … TO the caller."),
+            Error::TriggerProtocol(_) => Some(
+                "CREATE TRIGGER … BEFORE INSERT OR UPDATE OR DELETE ON … FOR EACH STATEMENT EXECUTE FUNCTION lockstep.lease_guard_trigger('…').",
+            ),
+            Error::LeaseGuarded { .. } | Error::Spi(_) => None,
         }
     }
 
