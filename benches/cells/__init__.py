@@ -39,7 +39,7 @@ class Bench:
 
     window: float = 4
     large: int = 10_000_000  # events in the large log
-    catch_up: int = 50_000  # events that are read in a catch-up
+    catch_up: int = 100_000  # events that are read, one by one, in a catch-up
     hold: float = 300  # seconds that a transaction stays open in the cells of decay
 
 

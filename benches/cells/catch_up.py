@@ -54,7 +54,7 @@ def passed(log, seconds, consumers):
 def by_sql(bench, log, consumers, each):
     """Events a second, of all consumers together; each takes the same number of turns."""
     rewind(bench, log, consumers)
-    turns = max(2, bench.catch_up // BATCH // max(1, consumers // 2))
+    turns = max(2, bench.catch_up * (1 if each else 10) // BATCH // max(1, consumers // 2))
     spare = 2 if log is PGQ else 0  # a tick without events is a turn too
     script = lockstep.RUN if log in (LOCKSTEP, OLD_LOCKSTEP) else log.turn
     script = script(BATCH, each) if callable(script) else script.format(batch=BATCH, each=str(each).lower())

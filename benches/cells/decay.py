@@ -11,7 +11,7 @@ from measure import Goal, Measurement
 from peers import insert, lockstep, message_db
 from schedule import Cell, Subject
 
-RATE, TURNS = 200, 100  # a second
+RATE, TURNS = 1000, 500  # a second
 LOGS = [Log(module.PEER, suffix="_decay") for module in (insert, lockstep, message_db)]
 
 

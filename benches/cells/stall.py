@@ -7,7 +7,7 @@ from functools import partial
 from load import Pgbench
 from measure import Goal, Measurement, percentile
 from peers import payload
-from schedule import Cell, Subject
+from schedule import TAIL, Cell, Subject
 from servers import server
 from systems import INSERT, LOCKSTEP, QUEUED_BARRIER, SNAPSHOT_XMIN
 
@@ -43,7 +43,7 @@ def slow_writer(log, hold, where, seconds):
 
 
 def length(bench, hold):
-    return max(bench.window, hold / 1000 + 1)
+    return max(bench.window, TAIL, hold / 1000 + 1)
 
 
 def p99(bench, log, hold, where, consumers):
@@ -92,11 +92,11 @@ def cells(bench):
         ]  # fmt: skip
         yield Cell(
             "stall", f"p99 of pushes, {consumers} projections, a transaction open {hold / 1000:g} s in {where}", "ms", "without projections",
-            None, subjects, Goal(most=1.5), less_is_better=True, extra=3 + (hold / 1000 if hold > 1000 else 0),
+            None, subjects, Goal(most=1.5), less_is_better=True, windows=0, extra=3 + length(bench, hold),
         )  # fmt: skip
     for hold in 1000, 10000:
         subjects = [Subject(log.peer.name, partial(age, bench, log, hold), partial(age, bench, log, 0)) for log in OLDEST]
         yield Cell(
             "age", f"oldest unapplied event, a transaction open {hold / 1000:g} s in another tenant", "ms", "without that transaction",
-            None, subjects, Goal(most=1.2), less_is_better=True, extra=3 + (hold / 1000 if hold > 1000 else 0),
+            None, subjects, Goal(most=1.2), less_is_better=True, windows=0, extra=3 + length(bench, hold),
         )  # fmt: skip
