@@ -34,9 +34,18 @@ pub fn name<'a>(argument: &'static str, value: Option<&'a str>) -> Result<&'a st
 /// `what` names the value in the message: an argument, or a key of an event.
 pub fn not_empty(what: &str, value: &str) -> Result<(), Error> {
     if value.is_empty() {
-        return Err(Error::invalid(format!("{what} must not be empty")));
+        return Err(empty(what));
     }
     within_limit(what, value)
+}
+
+fn empty(what: &str) -> Error {
+    Error::invalid(
+        format!("{what} must not be empty"),
+        "''",
+        "at least one character",
+        "Give a name.",
+    )
 }
 
 pub fn within_limit(what: &str, value: &str) -> Result<(), Error> {
@@ -47,11 +56,11 @@ fn within(what: &str, value: &str, most_bytes: usize) -> Result<(), Error> {
     if value.len() > most_bytes {
         return Err(Error::InvalidParameter {
             message: format!("{what} is too long"),
-            detail: Some(format!(
+            detail: format!(
                 "It has {} bytes, at most {most_bytes} are allowed.",
                 value.len()
-            )),
-            hint: None,
+            ),
+            hint: "Give a shorter one, or a hash of it.",
         });
     }
     Ok(())
@@ -65,7 +74,7 @@ pub fn short_name<'a>(
 ) -> Result<&'a str, Error> {
     let value = required(argument, value)?;
     if value.is_empty() {
-        return Err(Error::invalid(format!("{argument} must not be empty")));
+        return Err(empty(argument));
     }
     within(argument, value, most_bytes)?;
     Ok(value)
@@ -98,9 +107,12 @@ pub fn optional_positive(argument: &'static str, value: Option<i32>) -> Result<O
 /// A count that must be at least 1.
 pub fn positive(argument: &'static str, value: i32) -> Result<i32, Error> {
     if value < 1 {
-        return Err(Error::invalid(format!(
-            "{argument} must be at least 1, not {value}"
-        )));
+        return Err(Error::invalid(
+            format!("{argument} must be at least 1, not {value}"),
+            value,
+            "at least 1",
+            "Leave it out for the default.",
+        ));
     }
     Ok(value)
 }
@@ -108,12 +120,17 @@ pub fn positive(argument: &'static str, value: i32) -> Result<i32, Error> {
 /// An interval that is finite and not negative.
 pub fn not_negative(argument: &'static str, value: Interval) -> Result<Interval, Error> {
     let infinite = value.months() == i32::MAX && value.days() == i32::MAX;
-    if infinite || microseconds(&value) < 0 {
-        return Err(Error::invalid(format!(
-            "{argument} must be finite and not negative"
-        )));
-    }
-    Ok(value)
+    let actual = match microseconds(&value) {
+        _ if infinite => "infinity",
+        ..0 => "less than 0",
+        _ => return Ok(value),
+    };
+    Err(Error::invalid(
+        format!("{argument} must be finite and not negative"),
+        actual,
+        "a finite interval from 0",
+        A_SPAN,
+    ))
 }
 
 /// An interval that is finite and above 0.
@@ -124,7 +141,7 @@ pub fn duration(argument: &'static str, value: Interval) -> Result<Duration, Err
         1.. => Ok(Duration::from_micros(
             u64::try_from(microseconds(&value)).unwrap_or(u64::MAX),
         )),
-        _ => Err(Error::invalid(format!("{argument} must be above 0"))),
+        _ => Err(not_above_0(argument)),
     }
 }
 
@@ -138,14 +155,32 @@ pub fn span(argument: &'static str, value: Option<Interval>) -> Result<Interval,
         .ok()
         .filter(|microseconds| i128::from(*microseconds) <= MAX_SPAN_DAYS * DAY)
         .map(Interval::from_micros)
-        .ok_or_else(|| Error::invalid(format!("{argument} must not be longer than 1000 years")))
+        .ok_or_else(|| {
+            Error::invalid(
+                format!("{argument} must not be longer than 1000 years"),
+                format!("{} days", microseconds(&value) / DAY),
+                format!("at most {MAX_SPAN_DAYS}"),
+                A_SPAN,
+            )
+        })
+}
+
+const A_SPAN: &str = "Give an interval such as '30 seconds' or '2 hours'.";
+
+fn not_above_0(argument: &str) -> Error {
+    Error::invalid(
+        format!("{argument} must be above 0"),
+        "0",
+        "an interval above 0",
+        A_SPAN,
+    )
 }
 
 /// A span above 0.
 pub fn positive_span(argument: &'static str, value: Option<Interval>) -> Result<Interval, Error> {
     let value = span(argument, value)?;
     if value.micros() == 0 {
-        return Err(Error::invalid(format!("{argument} must be above 0")));
+        return Err(not_above_0(argument));
     }
     Ok(value)
 }

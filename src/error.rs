@@ -56,8 +56,8 @@ pub enum Error {
     /// A bad argument; `message` names it.
     InvalidParameter {
         message: String,
-        detail: Option<String>,
-        hint: Option<&'static str>,
+        detail: String,
+        hint: &'static str,
     },
     NullArgument(&'static str),
     /// An array with a null in it.
@@ -172,12 +172,17 @@ fn versions(range: &RangeInclusive<i32>) -> String {
 }
 
 impl Error {
-    /// A bad argument without DETAIL or HINT.
-    pub fn invalid(message: impl Into<String>) -> Self {
+    /// A bad argument: what it must be, what it is, what is expected, and the way out.
+    pub fn invalid(
+        message: impl Into<String>,
+        actual: impl fmt::Display,
+        expected: impl fmt::Display,
+        hint: &'static str,
+    ) -> Self {
         Error::InvalidParameter {
             message: message.into(),
-            detail: None,
-            hint: None,
+            detail: format!("Actual {actual}, expected {expected}."),
+            hint,
         }
     }
 
@@ -240,7 +245,7 @@ impl Error {
                 format!("Actual: {actual}, expected: in progress with token {token}.")
             }
             Error::NeedsOwnTransaction(_) => "It commits each of its tries.".into(),
-            Error::InvalidParameter { detail, .. } => detail.clone()?,
+            Error::InvalidParameter { detail, .. } => detail.clone(),
             Error::UniqueViolation { key, .. } => format!("Key {key} already exists."),
             Error::NeedsReadCommitted(_) => {
                 "It builds on rows that are newer than the transaction's snapshot, and its other statements could not see them."
@@ -319,9 +324,14 @@ impl Error {
                         pid => format!("pid {pid}"),
                     })
                     .collect();
+                if holders.is_empty() {
+                    return Some(Cow::Borrowed("Try again: who was in the way has gone."));
+                }
                 holders.sort();
-                (!holders.is_empty())
-                    .then(|| Cow::Owned(format!("Wait for {}, or end it.", holders.join(" and "))))
+                Some(Cow::Owned(format!(
+                    "Wait for {}, or end it.",
+                    holders.join(" and ")
+                )))
             }
             _ => self.fixed_hint().map(Cow::Borrowed),
         }
@@ -349,7 +359,7 @@ impl Error {
             Error::JobLost { .. } => {
                 Some("Stop the work and roll back: the job is not this worker's.")
             }
-            Error::InvalidParameter { hint, .. } => *hint,
+            Error::InvalidParameter { hint, .. } => Some(hint),
             Error::NeedsReadCommitted(_) => Some("Use a READ COMMITTED transaction."),
             Error::WaitsAfterPush(_) => Some(
                 "Commit first, or use what does not wait: barrier => false, wait => false, horizon().",

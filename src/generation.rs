@@ -146,10 +146,12 @@ fn generation_set(
             force: argument::required("force", force)?,
         };
         if holds.generation < 0 {
-            return Err(Error::invalid(format!(
-                "generation must not be negative, not {}",
-                holds.generation
-            )));
+            return Err(Error::invalid(
+                format!("generation must not be negative, not {}", holds.generation),
+                holds.generation,
+                "at least 0",
+                "Give the generation that the replica holds.",
+            ));
         }
         snapshot::require_read_write("generation_set")?;
         replica::set(key, &holds)

@@ -152,11 +152,13 @@ fn job_renew(
         let tokens = argument::numbers("tokens", tokens)?;
         let ttl = argument::positive_span("ttl", ttl)?;
         if job_ids.len() != tokens.len() {
-            return Err(Error::invalid(format!(
-                "job_ids and tokens must be of one length, not {} and {}",
-                job_ids.len(),
-                tokens.len()
-            )));
+            let (ids, tokens) = (job_ids.len(), tokens.len());
+            return Err(Error::invalid(
+                format!("job_ids and tokens must be of one length, not {ids} and {tokens}"),
+                format!("{tokens} tokens"),
+                ids,
+                "Give each job's token at the place of its id.",
+            ));
         }
         snapshot::require_read_write("job_renew")?;
         Ok(attempt::renew(job_ids, tokens, ttl))

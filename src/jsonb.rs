@@ -30,6 +30,21 @@ pub enum Value<'a> {
     Object(Container<'a>),
 }
 
+impl Value<'_> {
+    /// What it is, for messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::Null => "null",
+            Value::Bool => "a boolean",
+            Value::Number(_) => "a number",
+            Value::String(_) => "a string",
+            Value::NotUtf8 => "a string that is not UTF-8",
+            Value::Array(_) => "an array",
+            Value::Object(_) => "an object",
+        }
+    }
+}
+
 /// An array or an object; iterates over its elements, an object's with their keys.
 #[derive(Clone, Copy)]
 pub struct Container<'a> {

@@ -54,10 +54,9 @@ impl Position {
             .map(Position)
             .ok_or_else(|| Error::InvalidParameter {
                 message: format!("{name} {text} is not a position"),
-                detail: Some(
+                detail:
                     "A position is a number from 0 to 9223372036854775807.999999 with at most six decimals.".into(),
-                ),
-                hint: Some("Pass positions as decimals or as text, not as floats."),
+                hint: "Pass positions as decimals or as text, not as floats.",
             })
     }
 }

@@ -115,7 +115,13 @@ fn extension_owner() -> pg_sys::Oid {
             pg_sys::Datum::from(events),
         );
         if tuple.is_null() {
-            Error::invalid("extension \"lockstep\" is not installed in this database").raise();
+            Error::invalid(
+                "extension \"lockstep\" is not installed in this database",
+                "none",
+                "table lockstep.events",
+                "CREATE EXTENSION lockstep",
+            )
+            .raise();
         }
         let class = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>();
         let owner = (*class).relowner;

@@ -49,7 +49,14 @@ fn actual(spi: &Spi, key: Key, replicas: &[String]) -> String {
 /// The resource's next generation.
 fn next(before: Resource) -> Result<i64, Error> {
     let next = before.generation.checked_add(1);
-    next.ok_or_else(|| Error::invalid("generation out of range"))
+    next.ok_or_else(|| {
+        Error::invalid(
+            "generation out of range",
+            before.generation,
+            "room for one more",
+            "Delete the resource and create it again: its generations begin anew, under a new incarnation.",
+        )
+    })
 }
 
 /// Gives the resource this generation. What is not at it wants a sync; what has wanted one for longer keeps its place. That the

@@ -31,9 +31,12 @@ pub fn replaces(on_twin: &str) -> Result<bool, Error> {
     match on_twin {
         "keep" => Ok(false),
         "replace" => Ok(true),
-        other => Err(Error::invalid(format!(
-            "on_twin must be keep or replace, not \"{other}\""
-        ))),
+        other => Err(Error::invalid(
+            format!("on_twin must be keep or replace, not \"{other}\""),
+            other,
+            "keep or replace",
+            "'keep' leaves the job that waits under this key as it is, 'replace' gives it this call's payload.",
+        )),
     }
 }
 

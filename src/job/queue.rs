@@ -50,9 +50,12 @@ const SECOND: i64 = 1_000_000;
 
 pub fn limit(value: i32) -> Result<i32, Error> {
     if !(-1..=MOST_IN_PROGRESS).contains(&value) {
-        return Err(Error::invalid(format!(
-            "max_in_progress must be between -1 and {MOST_IN_PROGRESS}, not {value}"
-        )));
+        return Err(Error::invalid(
+            format!("max_in_progress must be between -1 and {MOST_IN_PROGRESS}, not {value}"),
+            value,
+            format!("-1 to {MOST_IN_PROGRESS}"),
+            "0 is for any number, -1 for what lockstep.max_jobs_in_progress says.",
+        ));
     }
     Ok(value)
 }

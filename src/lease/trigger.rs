@@ -20,9 +20,12 @@ pub fn require_guard(trigger: &PgTrigger) -> Result<(), Error> {
     let (name, setting) = match arguments.as_slice() {
         [name] => (name, None),
         [name, setting] => (name, Some(setting)),
-        _ => {
+        other => {
             return Err(Error::invalid(
                 "lease_guard_trigger() takes lease_name and, if wanted, setting_name",
+                format!("{} arguments", other.len()),
+                "1 or 2",
+                CREATE_IT_AGAIN,
             ));
         }
     };
@@ -55,6 +58,14 @@ pub fn require_guard(trigger: &PgTrigger) -> Result<(), Error> {
     }
 }
 
+const CREATE_IT_AGAIN: &str =
+    "CREATE OR REPLACE TRIGGER … EXECUTE FUNCTION lockstep.lease_guard_trigger('lease', 'setting')";
+
 fn not_utf8() -> Error {
-    Error::invalid("lease_name and setting_name must be UTF-8")
+    Error::invalid(
+        "lease_name and setting_name must be UTF-8",
+        "other bytes",
+        "UTF-8",
+        CREATE_IT_AGAIN,
+    )
 }

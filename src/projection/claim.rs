@@ -175,9 +175,12 @@ pub fn advance(projection: &str, tenant: &str, up_to: Option<Position>) -> Resul
     if cursor::advance(projection, tenant, position) {
         return Ok(position);
     }
-    Err(Error::invalid(format!(
-        "up_to {position} is behind the cursor of projection \"{projection}\""
-    )))
+    Err(Error::invalid(
+        format!("up_to {position} is behind the cursor of projection \"{projection}\""),
+        position,
+        "at least the cursor's position",
+        "The cursor goes forward only; projection_reset puts it back.",
+    ))
 }
 
 /// The position must be that of an event of the batch that this transaction holds, exactly.
@@ -211,12 +214,10 @@ pub fn require_in_batch(
         message: format!(
             "{argument} {position} is not the position of an event that this transaction claimed for projection \"{projection}\""
         ),
-        detail: Some(format!(
+        detail: format!(
             "The claimed batch is after {}, up to {}.",
             batch.after, batch.last
-        )),
-        hint: Some(
-            "Pass the position exactly as projection_claim returned it: as a decimal or as text, not as a float.",
         ),
+        hint: "Pass the position exactly as projection_claim returned it: as a decimal or as text, not as a float.",
     })
 }

@@ -61,8 +61,10 @@ pub fn handler_name(handler: Option<Procedure>) -> Result<Option<String>, Error>
                 "handler {} is not a function that returns one value",
                 handler.0.to_u32()
             ),
-            detail: None,
-            hint: None,
+            detail:
+                "Actual: an aggregate, a procedure, one that returns a set, or nothing of this oid."
+                    .into(),
+            hint: A_HANDLER,
         });
     }
     let name = handler.qualified_name();
@@ -75,10 +77,14 @@ pub fn handler_name(handler: Option<Procedure>) -> Result<Option<String>, Error>
     }
     Err(Error::InvalidParameter {
         message: format!("handler {name} does not take an event"),
-        detail: None,
-        hint: Some("A handler takes one argument, of type lockstep.events or lockstep.events[]."),
+        detail:
+            "Actual other arguments, expected one, of type lockstep.events or lockstep.events[]."
+                .into(),
+        hint: A_HANDLER,
     })
 }
+
+const A_HANDLER: &str = "CREATE FUNCTION … (lockstep.events) or (lockstep.events[])";
 
 pub fn create(new: &NewProjection, if_not_exists: bool) -> Result<bool, Error> {
     snapshot::require_read_write("projection_create")?;
@@ -217,10 +223,8 @@ pub fn reset(name: &str, tenant: &str, up_to: Position) -> Result<(), Error> {
         if up_to > settled || up_to > Position::ZERO && event_at(tenant, up_to).count() == 0 {
             return Err(Error::InvalidParameter {
                 message: format!("up_to {up_to} is not the position of a settled event"),
-                detail: Some(format!(
-                    "The last settled event of tenant \"{tenant}\" is at {settled}."
-                )),
-                hint: None,
+                detail: format!("The last settled event of tenant \"{tenant}\" is at {settled}."),
+                hint: "Give the position of an event up to there, or leave it out.",
             });
         }
         cursor::reset(name, tenant, up_to);
@@ -270,8 +274,14 @@ pub fn set_owner(name: &str, owner: Role) -> Result<(), Error> {
         Plan::new("UPDATE lockstep.projections SET owner = $2 WHERE name = $1 AND owner = $3");
     snapshot::require_read_write("projection_owner")?;
     let old_owner = require_owner(name)?;
-    let new_owner = rights::role_name(owner.0)
-        .ok_or_else(|| Error::invalid(format!("owner {} is not a role", owner.0.to_u32())))?;
+    let new_owner = rights::role_name(owner.0).ok_or_else(|| {
+        Error::invalid(
+            format!("owner {} is not a role", owner.0.to_u32()),
+            "no role of this oid",
+            "a role",
+            "Name it: 'role'::regrole.",
+        )
+    })?;
     if !rights::may_give_to(rights::caller(), owner.0) {
         return Err(Error::NotMember { role: new_owner });
     }

@@ -46,9 +46,14 @@ pub fn fail(
     claim::require_in_batch(projection, tenant, "event_position", position)?;
     let before = cursor::read(projection, tenant)?.cursor;
     if position <= before {
-        return Err(Error::invalid(format!(
-            "event_position {position} is behind the cursor of projection \"{projection}\""
-        )));
+        return Err(Error::invalid(
+            format!(
+                "event_position {position} is behind the cursor of projection \"{projection}\""
+            ),
+            position,
+            format!("above {before}"),
+            "What the cursor has passed is applied: name an event after it.",
+        ));
     }
     let counted = count(projection, tenant, position, failure)?;
     let is_last = counted.failures >= counted.max_failures;
@@ -213,9 +218,14 @@ fn require_skipped(projection: &str, tenant: &str, position: Position) -> Result
 }
 
 fn not_failed(projection: &str, position: Position) -> Error {
-    Error::invalid(format!(
-        "event_position {position} is not that of a failed event of projection \"{projection}\""
-    ))
+    Error::invalid(
+        format!(
+            "event_position {position} is not that of a failed event of projection \"{projection}\""
+        ),
+        "no failure there",
+        "a failed event",
+        "lockstep.failed_events has those that there are.",
+    )
 }
 
 fn delete(projection: &str, tenant: &str, position: Position) {
