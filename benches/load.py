@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measure import percentile
+from measure import tail
 from servers import BINDIR
 
 HERE = Path(__file__).resolve().parent
@@ -29,10 +29,11 @@ class Loaded:
     failed: int = 0
     seconds: float = 0  # from the first transaction's start to the last one's end
     took: list = field(default_factory=list)  # milliseconds of each transaction in the window, in the order of their ends
+    due: list = field(default_factory=list)  # the second at which each was to begin
 
     @property
     def p99(self):
-        return percentile(self.took, 0.99)
+        return tail(list(zip(self.due, self.took, strict=True)))
 
 
 class Load:
@@ -109,7 +110,8 @@ class Pgbench(Load):
         begun = min(end - milliseconds / 1000 for end, milliseconds in zip(ends, took, strict=True))
         counted = sorted((end, milliseconds) for end, milliseconds in zip(ends, took, strict=True) if end >= begun + self.warm_up)
         seconds = max(ends) - begun
-        return Loaded(len(counted) / max(seconds - self.warm_up, 1e-6), len(ends), 0, seconds, [milliseconds for _, milliseconds in counted])
+        took, due = [milliseconds for _, milliseconds in counted], [end - milliseconds / 1000 for end, milliseconds in counted]
+        return Loaded(len(counted) / max(seconds - self.warm_up, 1e-6), len(ends), 0, seconds, took, due)
 
 
 class Driver(Load):

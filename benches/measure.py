@@ -103,6 +103,17 @@ def summarize(attempts, wanted, errors=0):
     )  # fmt: skip
 
 
+def tail(timed):
+    """The median of the 99th percentiles of each second of a load, so that one hiccup of the machine is in one of them. `timed`: of each
+    transaction, or look, the second at which it was due and its figure."""
+    begun = min(due for due, _ in timed)
+    seconds = {}
+    for due, figure in timed:
+        seconds.setdefault(int(due - begun), []).append(figure)
+    most = max(map(len, seconds.values()))
+    return statistics.median(percentile(figures, 0.99) for figures in seconds.values() if len(figures) > most / 2)
+
+
 def percentile(numbers, part):
     """The least of the numbers that this part of them does not exceed."""
     ordered = sorted(numbers)

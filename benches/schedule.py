@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from measure import LEAST_ROUNDS, Attempt, Goal, Measurement, summarize
 
 MOST_ROUNDS = 15
-TAIL = 3  # seconds that a window has at least where a 99th percentile is the figure
+TAIL = 5  # seconds that a window has at least where a 99th percentile is the figure
 RESERVE = 0.84  # the part of the time that the first attempts may take; the rest is for those made again
 
 
@@ -37,7 +37,7 @@ class Cell:
     goal: Goal | None = None  # of lockstep
     less_is_better: bool = False
     ahead: bool = False  # lockstep is to be ahead of every other system that loses nothing
-    extra: float = 2  # seconds that a measurement takes beside its window, the warm-up's included
+    extra: float = 1.5  # seconds that a measurement takes beside its window, the warm-up's included
     once: float = 0  # seconds that it takes to make what the cell needs
     windows: float = 1  # how many windows it is long
     quick: bool = False  # part of the quick run
@@ -114,6 +114,8 @@ def _all_rounds(results, pairs, dice, deadline, say):
         dice.shuffle(subjects)
         before = None
         for subject in subjects:
+            if _has_lost(results[cell.name, subject.system]):
+                continue
             before = _attempt(results[cell.name, subject.system], round_number, before, say)
     return True
 
@@ -132,9 +134,12 @@ def _again(results, rounds, dice, deadline, say):
             _attempt(results[key], rounds + 1, None, say)
 
 
+def _has_lost(result):
+    return any(attempt.subject.lost for attempt in result.attempts)
+
+
 def _wants_more(result, rounds):
-    lost = any(attempt.subject.lost for attempt in result.attempts)
-    return not lost and sum(attempt.valid for attempt in result.attempts) < rounds
+    return not _has_lost(result) and sum(attempt.valid for attempt in result.attempts) < rounds
 
 
 def _attempt(result, round_number, before, say):

@@ -11,7 +11,7 @@ from measure import Goal, Measurement
 from peers import insert, lockstep, message_db
 from schedule import Cell, Subject
 
-RATE, TURNS = 1000, 500  # a second
+RATE = 1000  # appends a second
 LOGS = [Log(module.PEER, suffix="_decay") for module in (insert, lockstep, message_db)]
 
 
@@ -41,13 +41,13 @@ def tenths(took):
 
 
 def measure(bench, log, held):
-    """How much longer a consumer's turn takes at the end than at the beginning, beside 200 appends a second; with a transaction open or not."""
+    """How much longer a consumer's turn takes at the end than at the beginning, beside appends; with a transaction open or not."""
     log.reset(1)
     with autovacuum(log.server):
         # Before the transaction, so that the log is not empty for it.
         log.write(1, 4, rate=RATE).finish()
         with open_transaction(log.server, log.database) if held else nullcontext(), log.write(bench.hold, 4, rate=RATE) as writers:
-            turns = Pgbench(log.server, log.database, log.turn(100), 1, bench.hold - 1, rate=TURNS, options=log.peer.options)
+            turns = Pgbench(log.server, log.database, log.turn(100), 1, bench.hold - 1, options=log.peer.options)
             with turns:
                 took = turns.finish().took
             writers.finish()
@@ -64,5 +64,5 @@ def cells(bench):
     ]
     yield Cell(
         "decay", f"a consumer's turn, after {bench.hold:g} s beside a REPEATABLE READ transaction", "times as long", "without that transaction", None,
-        subjects, Goal(most=1.5), less_is_better=True, ahead=True, windows=0, extra=bench.hold + 6,
+        subjects, Goal(most=1.5), less_is_better=True, ahead=True, windows=0, extra=bench.hold + 4,
     )  # fmt: skip

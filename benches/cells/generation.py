@@ -17,6 +17,7 @@ CREATE TABLE bench.replicas (
     tenant text, resource text, replica text, generation bigint, synced_at timestamptz, PRIMARY KEY (tenant, resource, replica)
 ) WITH (fillfactor = 70)"""
 FILL = f"""TRUNCATE bench.replicas, lockstep.resources, lockstep.replicas;
+SELECT setval('lockstep.token', 1);
 INSERT INTO bench.replicas SELECT '', n::text, replica, 0, now() FROM generate_series(0, {RESOURCES} - 1) AS n, unnest('{{a,b}}'::text[]) AS replica;
 INSERT INTO lockstep.resources (tenant, resource, incarnation, generation, created_at, changed_at)
 SELECT '', n::text, 1, 0, now(), now() FROM generate_series(0, {RESOURCES} - 1) AS n;
@@ -42,6 +43,7 @@ SELECT count(*) FROM lockstep.replica_sync_claim('w', 10);
 ROLLBACK;
 """
 LARGE = """CREATE EXTENSION lockstep;
+SELECT setval('lockstep.token', 1);
 INSERT INTO lockstep.resources (tenant, resource, incarnation, generation, created_at, changed_at)
 SELECT '', n::text, 1, 0, now(), now() FROM generate_series(1, {0}) AS n;
 INSERT INTO lockstep.replicas (tenant, resource, replica, generation, due_at)

@@ -4,7 +4,7 @@
 // Docs: https://event-driven-io.github.io/emmett/getting-started.html, https://event-driven-io.github.io/emmett/api-reference/
 const { Pool } = require("pg");
 const { getPostgreSQLEventStore } = require("@event-driven-io/emmett-postgresql");
-const { STREAM_DOES_NOT_EXIST, ExpectedVersionConflictError } = require("@event-driven-io/emmett");
+const { STREAM_DOES_NOT_EXIST } = require("@event-driven-io/emmett");
 
 module.exports = async () => {
     const host = encodeURIComponent(process.env.PGHOST);
@@ -18,14 +18,14 @@ module.exports = async () => {
             expectedStreamVersion: sequence === 1 ? STREAM_DOES_NOT_EXIST : BigInt(sequence - 1),
         }).then(() => 0),
 
-        // Without an expected version a concurrent append may still be refused; the caller tries again.
+        // Without an expected version a concurrent append may still be refused, as an ExpectedVersionConflictError; the caller tries again.
         async appendHot(data) {
             for (let failed = 0; ; failed += 1) {
                 try {
                     await store.appendToStream("order-hot", event(data));
                     return failed;
                 } catch (error) {
-                    if (!(error instanceof ExpectedVersionConflictError) && error.code !== "23505") {
+                    if (!(error.errorCode === 412) && error.code !== "23505") {
                         throw error;
                     }
                 }

@@ -118,7 +118,7 @@ pub fn not_below_zero(what: &str, value: i64) -> Result<i64, Error> {
             format!("{what} must not be negative: {value}"),
             value,
             "at least 0",
-            "0 is for an aggregate without events.",
+            "0 is before an aggregate's first event.",
         ));
     }
     Ok(value)
