@@ -207,6 +207,57 @@ fn what_happened_before_a_pair_started_does_not_count() {
     );
 }
 
+/// A queue in which these have applied all there was.
+fn settled(projections: &[&str]) -> Queue {
+    let mut queue = Queue::default();
+    for projection in projections {
+        queue.found(only(projection), ANN, 10);
+        assert_eq!(start(&mut queue, ANN), *projection);
+        assert!(!queue.applied(only(projection), ANN, false, 20));
+        queue.settle(only(projection), ANN);
+    }
+    queue
+}
+
+#[test]
+fn pairs_with_nothing_left_are_in_line_at_the_next_push() {
+    let mut queue = settled(&["p", "q"]);
+    assert!(queue.pushed("", 2, 30));
+    assert_eq!(start_all(&mut queue, ANN), ["p", "q"]);
+    assert!(queue.pushed("", 2, 40), "those that are running are known");
+}
+
+#[test]
+fn what_is_due_is_looked_up_where_a_projection_is_not_known() {
+    let mut queue = settled(&["p"]);
+    assert!(!queue.pushed("another", 1, 30));
+    assert!(!queue.pushed("", 2, 30));
+    assert_eq!(owners(&queue), []);
+    assert!(!queue.pushed("", 1, 30), "the look decides, and none came");
+    queue.settle(only("p"), ANN);
+    queue.settle_nothing();
+    assert!(!queue.pushed("", 1, 30));
+}
+
+#[test]
+fn a_pair_that_was_found_again_is_not_counted_twice() {
+    let mut queue = settled(&["p"]);
+    queue.found(only("p"), ANN, 30);
+    assert!(!queue.pushed("", 2, 40));
+    assert!(queue.pushed("", 1, 40));
+    assert_eq!(owners(&queue), [(ANN, 1)]);
+}
+
+#[test]
+fn no_more_than_so_many_tenants_are_remembered() {
+    let mut queue = Queue::default();
+    for n in 0..1000 {
+        queue.settle(pair("p", &n.to_string()), ANN);
+    }
+    let known = (0..1000).filter(|n| queue.pushed(&n.to_string(), 1, 10));
+    assert!((1..=256).contains(&known.count()));
+}
+
 #[test]
 fn a_pair_that_rests_is_in_no_line_until_its_time_is_over() {
     let mut queue = waiting(&[("p", 10)]);

@@ -35,7 +35,7 @@ use crate::wakeup::{self, Event};
 use failure::Verdict;
 use run::Runner;
 
-pub use due::{for_workers, next_retries};
+pub use due::{count_for_workers, for_workers, next_retries};
 pub use run::{Report, Status};
 
 /// A worker's batch, as the current user, who must own the projection. `careful`: one event, and what it defers is checked.

@@ -15,7 +15,7 @@ use crate::spi::{Arg, Plan, Spi};
 
 /// The pairs that are behind. The tenant's head first, one descent a tenant, so that only those are looked into.
 macro_rules! behind {
-    ($columns:literal, $role:literal, $condition:literal) => {
+    ($columns:literal, $role:expr, $condition:literal) => {
         concat!(
             "SELECT p.name, t.tenant, next.created_at",
             $columns,
@@ -37,6 +37,17 @@ macro_rules! behind {
            AND NOT COALESCE(c.retry_at > pg_catalog.clock_timestamp(), false) AND ",
             $condition,
             " ORDER BY next.created_at, next.position, p.name"
+        )
+    };
+}
+
+/// The projection's owner, as whom a worker can connect.
+macro_rules! owner_for_workers {
+    ($connects_as_any_role:literal) => {
+        concat!(
+            "JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner AND NOT r.rolsuper AND (r.rolcanlogin OR ",
+            $connects_as_any_role,
+            ") AND pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')"
         )
     };
 }
@@ -81,8 +92,7 @@ pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
         () => {
             behind!(
                 ", r.oid",
-                "JOIN pg_catalog.pg_roles AS r ON r.rolname = p.owner AND NOT r.rolsuper AND (r.rolcanlogin OR $3)
-                 AND pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')",
+                owner_for_workers!("$3"),
                 "p.handler IS NOT NULL"
             )
         };
@@ -112,6 +122,18 @@ pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
     };
     let is_prepared = horizons.writers().any(|(_, _, holder)| holder.pid == 0);
     ((0..rows.count()).filter_map(due).collect(), is_prepared)
+}
+
+/// The projections that can be due for workers, in each tenant.
+pub fn count_for_workers() -> usize {
+    static COUNT: Plan = Plan::joining(concat!(
+        "SELECT count(*) FROM lockstep.projections AS p ",
+        owner_for_workers!("$1"),
+        " WHERE p.handler IS NOT NULL"
+    ));
+    let args = [Arg::from(process::CONNECTS_AS_ANY_ROLE)];
+    let count: Option<i64> = Spi::connect().read(&COUNT, At::Latest, &args).get(0, 1);
+    count.unwrap_or_default() as usize
 }
 
 /// The pairs whose failed event waits to be retried, and for how long.

@@ -55,6 +55,7 @@ pub enum News {
         pair: Pair,
         owner: Owner,
         outcome: Outcome,
+        has_applied: bool,
     },
     /// The worker ended meanwhile.
     Lost { pair: Pair },
@@ -79,10 +80,12 @@ impl Crew {
         let known: Vec<usize> = self.workers.keys().copied().collect();
         let mut news = Vec::new();
         for index in known {
-            match seen.get(&index).map(|worker| worker.state) {
+            let seen = seen.get(&index);
+            match seen.map(|worker| worker.state) {
                 Some(State::Done(outcome)) => {
                     table::make_idle(index);
-                    news.extend(self.done(index, outcome));
+                    let has_applied = seen.is_some_and(|worker| worker.has_applied);
+                    news.extend(self.done(index, outcome, has_applied));
                 }
                 Some(State::Starting) if !self.has_stopped(index) => {}
                 Some(State::Starting | State::Ended) => news.extend(self.ended(index)),
@@ -118,14 +121,25 @@ impl Crew {
         }
     }
 
-    fn done(&mut self, index: usize, outcome: Outcome) -> Option<News> {
+    fn done(&mut self, index: usize, outcome: Outcome, has_applied: bool) -> Option<News> {
         let worker = self.workers.get_mut(&index)?;
         worker.idle_since = Instant::now();
         Some(News::Done {
             pair: worker.running.take()?,
             owner: worker.owner,
             outcome,
+            has_applied,
         })
+    }
+
+    /// The tenant was pushed to: workers that run its pairs go on with them.
+    pub fn touch(&self, tenant: Option<&str>) {
+        for (index, worker) in &self.workers {
+            let pair = worker.running.as_ref();
+            if pair.is_some_and(|pair| tenant.is_none_or(|tenant| tenant == pair.tenant)) {
+                table::touch(*index);
+            }
+        }
     }
 
     fn has_stopped(&self, index: usize) -> bool {

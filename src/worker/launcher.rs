@@ -78,6 +78,8 @@ struct Launcher {
     crew: Crew,
     tenants: Tenants,
     looks: Looks,
+    /// How many projections can be due in a tenant, when everything was looked at last; None: they have changed since.
+    projections: Option<usize>,
     /// Why it does not look, once said.
     refused: Option<Error>,
 }
@@ -142,6 +144,7 @@ impl Launcher {
                 next: now,
                 failures: 0,
             },
+            projections: None,
             refused: None,
         }
     }
@@ -167,6 +170,8 @@ impl Launcher {
         let mail = mailbox::collect();
         if mail.projection_changed {
             self.queue.end_rests();
+            self.queue.settle_nothing();
+            self.projections = None;
             self.crew.refuse_nobody();
             self.looks.failures = 0;
         }
@@ -176,10 +181,14 @@ impl Launcher {
         }
         if mail.overflowed {
             self.queue.touch(None);
+            self.crew.touch(None);
         }
         for tenant in mail.tenants {
-            self.queue.touch(Some(&tenant));
-            self.tenants.add(tenant);
+            self.crew.touch(Some(&tenant));
+            let projections = self.projections.unwrap_or(usize::MAX);
+            if !self.queue.pushed(&tenant, projections, process::now()) {
+                self.tenants.add(tenant);
+            }
         }
         for tenant in self.queue.rested(Instant::now(), process::now()) {
             self.tenants.add(tenant);
@@ -215,8 +224,9 @@ impl Launcher {
             }
             schema::check().map_err(Some)?;
             let (due, is_prepared) = projection::for_workers(tenants);
-            let retries = everywhere.then(projection::next_retries);
-            Ok((due, is_prepared, retries.unwrap_or_default()))
+            let others =
+                everywhere.then(|| (projection::next_retries(), projection::count_for_workers()));
+            Ok((due, is_prepared, others))
         });
         // If the look had to wait for a lock, that took the calls of mail that has come meanwhile.
         process::wake(process::number());
@@ -230,10 +240,13 @@ impl Launcher {
                 .ok()
                 .and_then(|looked| looked.as_ref().err()?.clone()),
         );
-        let Ok(Ok((due, is_prepared, retries))) = looked else {
+        let Ok(Ok((due, is_prepared, others))) = looked else {
             self.queue.keep_waiting(|_| false);
+            self.projections = None;
             return;
         };
+        let (retries, projections) = others.unzip();
+        self.projections = projections.or(self.projections);
         let poll_interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
         if is_prepared {
             self.looks.not_later_than(poll_interval, LOOKS_SHARE);
@@ -253,7 +266,7 @@ impl Launcher {
             }
             self.queue.found(pair, due.owner.to_u32(), due.since);
         }
-        for (projection, tenant, wait) in retries {
+        for (projection, tenant, wait) in retries.unwrap_or_default() {
             let pair = Pair { projection, tenant };
             self.queue.rest_at_least(pair, begun + wait);
         }
@@ -280,7 +293,15 @@ impl Launcher {
                     pair,
                     owner,
                     outcome,
-                } => self.batch_is_done(pair, owner, outcome),
+                    has_applied,
+                } => {
+                    let is_settled = has_applied && outcome == Outcome::Applied { more: false };
+                    let settled = is_settled.then(|| pair.clone());
+                    self.batch_is_done(pair, owner, outcome);
+                    if let Some(pair) = settled {
+                        self.queue.settle(pair, owner);
+                    }
+                }
                 News::Lost { pair } => {
                     let (projection, tenant) = (pair.projection.clone(), pair.tenant.clone());
                     let rest = self.queue.failed(pair, Instant::now());
@@ -321,6 +342,11 @@ impl Launcher {
     /// First the pairs that wait for their first batch; only when all of those have a worker, the others.
     fn dispatch(&mut self) {
         self.crew.end_surplus();
+        self.give_work();
+        table::want_workers(!self.lines().is_empty());
+    }
+
+    fn give_work(&mut self) {
         let is_short = self.serve(|line| line.fresh);
         let lines = self.lines();
         let fresh_of = |owner| {

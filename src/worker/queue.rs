@@ -13,6 +13,8 @@ const STANDS_BACK: Duration = Duration::from_secs(10);
 /// How long a pair rests after its first failure that is not an event's, and at the most; it doubles in between.
 const FIRST_REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(300);
+/// Of how many tenants it is known which pairs have nothing left.
+const MOST_SETTLED: usize = 256;
 /// As many as there can be.
 const MOST_WORKERS: usize = super::table::MOST;
 
@@ -69,6 +71,8 @@ pub struct Queue {
     failures: HashMap<Pair, u32>,
     /// When the rest of a pair was over that has not been found due again.
     rested: HashMap<Pair, i64>,
+    /// By tenant: projections that had nothing left to apply, and their owners. The next push makes them due.
+    settled: HashMap<String, Vec<(String, Owner)>>,
 }
 
 impl Queue {
@@ -80,6 +84,9 @@ impl Queue {
             _ => {}
         }
         self.leave(&pair);
+        if let Some(settled) = self.settled.get_mut(&pair.tenant) {
+            settled.retain(|(projection, _)| *projection != pair.projection);
+        }
         // One that failed does not get in front of those that came while it rested, again and again.
         let rested = self.rested.remove(&pair).unwrap_or(since);
         self.join_line(pair, owner, since.max(rested));
@@ -92,6 +99,38 @@ impl Queue {
                 *touched |= tenant.is_none_or(|tenant| tenant == pair.tenant);
             }
         }
+    }
+
+    /// The tenant was pushed to, in which so many projections can be due. True: all of them are known, and those that had nothing
+    /// left are in line now. Else what is due must be looked up.
+    #[must_use]
+    pub fn pushed(&mut self, tenant: &str, projections: usize, now: i64) -> bool {
+        self.touch(Some(tenant));
+        let known = self.pairs.keys().filter(|pair| pair.tenant == tenant);
+        let known = known.count();
+        let settled = self.settled.remove(tenant).unwrap_or_default();
+        if known + settled.len() != projections {
+            return false;
+        }
+        for (projection, owner) in settled {
+            let tenant = tenant.to_owned();
+            self.found(Pair { projection, tenant }, owner, now);
+        }
+        true
+    }
+
+    /// The pair's batches have left nothing.
+    pub fn settle(&mut self, pair: Pair, owner: Owner) {
+        if self.settled.len() >= MOST_SETTLED && !self.settled.contains_key(&pair.tenant) {
+            self.settled.clear();
+        }
+        let settled = self.settled.entry(pair.tenant).or_default();
+        settled.push((pair.projection, owner));
+    }
+
+    /// Projections are not what they were.
+    pub fn settle_nothing(&mut self) {
+        self.settled.clear();
     }
 
     /// Pairs that wait but are not among those that were found now are due no more.

@@ -2,6 +2,8 @@
 //! (projection, tenant) at a time, and the worker hands back how the batch went.
 //!
 //! A place goes Free → Starting (the launcher has asked the postmaster for a process) → Idle → Assigned → Running → Done → Idle.
+//! From Running it goes back to Assigned if there is more to apply, or its tenant was pushed to meanwhile, and no pair waits for a
+//! worker: a batch after another costs no turn of the launcher.
 //! The process's own exit callback makes it Free if it was told to end, else Ended, which its launcher sees. A crash of any process
 //! makes the postmaster reset all of shared memory, this table too, and end all other processes; the supervisor is what it
 //! starts again.
@@ -9,6 +11,7 @@
 use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init, prelude::*};
 
 use crate::argument::MAX_NAME_BYTES;
+use crate::guc;
 use crate::process;
 use crate::wakeup::mailbox;
 
@@ -112,6 +115,12 @@ struct Worker {
     /// The number of the launcher's process.
     launcher: usize,
     must_stop: bool,
+    /// A pair waits for a worker.
+    is_wanted: bool,
+    /// The tenant was pushed to since the batch began.
+    touched: bool,
+    /// It has applied events since it was given the pair.
+    has_applied: bool,
     /// Its start or end is a matter of turns and not for the log.
     quiet: bool,
     projection: Text<MAX_NAME_BYTES>,
@@ -194,6 +203,9 @@ impl Worker {
         process: None,
         launcher: 0,
         must_stop: false,
+        is_wanted: false,
+        touched: false,
+        has_applied: false,
         quiet: false,
         projection: Text::EMPTY,
         tenant: Text::EMPTY,
@@ -361,6 +373,7 @@ pub struct Seen {
     pub number: i32,
     pub owner: pg_sys::Oid,
     pub state: State,
+    pub has_applied: bool,
     pub stopping: bool,
 }
 
@@ -376,6 +389,7 @@ pub fn workers() -> Vec<Seen> {
             number: worker.number,
             owner: worker.owner,
             state: worker.state,
+            has_applied: worker.has_applied,
             stopping: worker.must_stop,
         })
         .collect()
@@ -386,9 +400,34 @@ pub fn assign(index: usize, projection: &str, tenant: &str) {
     let worker = &mut table.workers[index];
     worker.projection = Text::new(projection);
     worker.tenant = Text::new(tenant);
+    worker.has_applied = false;
+    // Until the launcher has seen that nothing else waits.
+    worker.is_wanted = true;
     worker.state = State::Assigned;
     if let Some(process) = worker.process {
         process::wake(process.number);
+    }
+}
+
+/// The worker's pair may have become due once more while it runs.
+pub fn touch(index: usize) {
+    TABLE.exclusive().workers[index].touched = true;
+}
+
+/// `pairs_wait`: for one of this database's workers, so that none is to go on with its own pair. Nor is one that a reload made too
+/// many.
+pub fn want_workers(pairs_wait: bool) {
+    let database = process::database();
+    let wrong = |worker: &Worker| {
+        let is_wanted = pairs_wait || worker.number > guc::WORKERS.get();
+        worker.database == database && worker.is_wanted != is_wanted
+    };
+    if TABLE.share().workers.iter().any(wrong) {
+        let mut table = TABLE.exclusive();
+        let workers = table.workers.iter_mut();
+        for worker in workers.filter(|worker| wrong(worker)) {
+            worker.is_wanted = !worker.is_wanted;
+        }
     }
 }
 
@@ -473,6 +512,7 @@ pub fn next_task(index: usize) -> Task {
     let worker = &mut table.workers[index];
     if worker.state == State::Assigned {
         worker.state = State::Running;
+        worker.touched = false;
         worker.counts.batch_started_at = Some(now);
         return Task::Run {
             projection: worker.projection.read(),
@@ -500,7 +540,17 @@ pub fn finish(index: usize, outcome: Outcome, done: &Done) {
     let now = process::now();
     let mut table = TABLE.exclusive();
     let worker = &mut table.workers[index];
-    worker.state = State::Done(outcome);
+    worker.has_applied |= done.events > 0;
+    let has_more = match outcome {
+        Outcome::Applied { more } => more || worker.touched,
+        _ => false,
+    };
+    let goes_on = has_more && !worker.is_wanted && !worker.must_stop;
+    worker.state = if goes_on {
+        State::Assigned
+    } else {
+        State::Done(outcome)
+    };
     worker.counts.batches += 1;
     worker.counts.events += done.events;
     worker.counts.errors += done.errors;
@@ -509,7 +559,9 @@ pub fn finish(index: usize, outcome: Outcome, done: &Done) {
         worker.counts.last_error = Text::new(error);
         worker.counts.last_error_at = Some(now);
     }
-    process::wake(worker.launcher);
+    if !goes_on {
+        process::wake(worker.launcher);
+    }
 }
 
 /// The process ends: the launcher learns it from the place and from the postmaster's signal.
