@@ -6,6 +6,7 @@ use pgrx::prelude::*;
 pgrx::pg_module_magic!();
 
 mod argument;
+mod call;
 mod catalog;
 mod error;
 mod event_log;

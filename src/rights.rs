@@ -215,16 +215,6 @@ impl Procedure {
         procedure.map(Procedure)
     }
 
-    /// Schema and name, quoted.
-    pub fn quoted_name(self) -> String {
-        // SAFETY: palloc'd strings of the system cache.
-        unsafe {
-            let schema = pg_sys::get_namespace_name(pg_sys::get_func_namespace(self.0));
-            let quoted = pg_sys::quote_qualified_identifier(schema, pg_sys::get_func_name(self.0));
-            CStr::from_ptr(quoted).to_string_lossy().into_owned()
-        }
-    }
-
     /// The type of its one argument; None if it has another number of them.
     pub fn argument_type(self) -> Option<pg_sys::Oid> {
         let mut types: *mut pg_sys::Oid = std::ptr::null_mut();

@@ -7,7 +7,7 @@
 
 use once_cell::sync::OnceCell;
 use pgrx::callconv::{BoxRet, FcInfo};
-use pgrx::datum::{Datum, DatumWithOid, FromDatum, IntoDatum};
+use pgrx::datum::{Datum, DatumWithOid, FromDatum};
 use pgrx::pg_sys;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, Returns, ReturnsError, SqlMapping, SqlTranslatable,
@@ -20,7 +20,6 @@ use std::ptr::NonNull;
 use crate::error::{Error, OrRaise};
 use crate::guc::Settings;
 use crate::position::Position;
-use crate::rights::Procedure;
 use crate::schema;
 use crate::snapshot::At;
 
@@ -53,23 +52,6 @@ impl Spi {
     /// of which only the newest version means anything.
     pub fn write_latest(&self, plan: &Plan, args: &[Arg]) -> Rows<'_> {
         self.execute(plan.get(args), Some(At::Latest), false, args)
-    }
-
-    /// A call of a function of one argument, for the life of this connection.
-    pub fn prepare_call(&self, function: Procedure, argument_type: pg_sys::Oid) -> Call {
-        let sql = format!("SELECT {}($1)", function.quoted_name());
-        Call(prepare(
-            &sql,
-            &mut [argument_type],
-            pg_sys::CURSOR_OPT_GENERIC_PLAN,
-        ))
-    }
-
-    /// Calls the function with the rights of the current user; what it returns is dropped.
-    pub fn call(&self, function: &Call, argument: Arg) {
-        self.execute(function.0, None, false, &[argument]);
-        // SAFETY: frees the result of the call; those of a batch would pile up.
-        unsafe { pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable) };
     }
 
     /// Checks now what deferred constraints and triggers would check at COMMIT, as the current user.
@@ -242,9 +224,6 @@ fn prepare(sql: &str, types: &mut [pg_sys::Oid], options: u32) -> Prepared {
     NonNull::new(plan).map_or_else(|| Error::Spi("SPI_prepare").raise(), Prepared)
 }
 
-/// A prepared call of a function that is not known when this is compiled.
-pub struct Call(Prepared);
-
 impl Prepared {
     /// Makes the generic plan if there is none or it is out of date, with the settings that this module's head gives. They are
     /// not in force when it runs, so what triggers and functions plan then is planned as ever.
@@ -326,23 +305,19 @@ impl Events {
     }
 
     /// One event as a `lockstep.events`, in the current memory context.
-    pub fn event(&self, row: usize) -> Option<Arg<'static>> {
-        let (tuple, _) = self.rows().tuple(row)?;
-        let types = EventTypes::look_up();
+    pub fn event(&self, row: usize, types: &EventTypes) -> pg_sys::Datum {
+        let tuple = self
+            .rows()
+            .tuple(row)
+            .map_or(std::ptr::null_mut(), |(tuple, _)| tuple);
+        assert!(!tuple.is_null(), "no row {row}");
         // SAFETY: the statement selected the columns of lockstep.events in their order, so its tuples are of the row type.
-        unsafe {
-            let datum = pg_sys::heap_copy_tuple_as_datum(tuple, types.descriptor);
-            Some(Arg::new(Raw(datum), types.row))
-        }
+        unsafe { pg_sys::heap_copy_tuple_as_datum(tuple, types.descriptor) }
     }
 
     /// Some of the events as a `lockstep.events[]`, in the current memory context.
-    pub fn array(&self, rows: std::ops::Range<usize>) -> Arg<'static> {
-        let mut events: Vec<pg_sys::Datum> = rows
-            .filter_map(|row| self.event(row)?.datum())
-            .map(Datum::sans_lifetime)
-            .collect();
-        let types = EventTypes::look_up();
+    pub fn array(&self, rows: std::ops::Range<usize>, types: &EventTypes) -> pg_sys::Datum {
+        let mut events: Vec<pg_sys::Datum> = rows.map(|row| self.event(row, types)).collect();
         // SAFETY: composite datums of the element type; all composite types have this length, passing and alignment.
         unsafe {
             let array = pg_sys::construct_array(
@@ -353,7 +328,7 @@ impl Events {
                 false,
                 pg_sys::TYPALIGN_DOUBLE as c_char,
             );
-            Arg::new(Raw(pg_sys::Datum::from(array)), types.array)
+            pg_sys::Datum::from(array)
         }
     }
 
@@ -397,19 +372,6 @@ unsafe impl SqlTranslatable for Events {
     fn return_sql() -> Result<Returns, ReturnsError> {
         // pgrx takes only its own iterators for sets; the text is all it needs of this one.
         Ok(Returns::One(SqlMapping::literal("SETOF lockstep.events")))
-    }
-}
-
-/// A datum whose type is given beside it.
-struct Raw(pg_sys::Datum);
-
-impl IntoDatum for Raw {
-    fn into_datum(self) -> Option<pg_sys::Datum> {
-        Some(self.0)
-    }
-
-    fn type_oid() -> pg_sys::Oid {
-        pg_sys::InvalidOid
     }
 }
 

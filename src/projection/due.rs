@@ -90,11 +90,7 @@ pub struct Due {
 pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
     macro_rules! behind_with_handler {
         () => {
-            behind!(
-                ", r.oid",
-                owner_for_workers!("$3"),
-                "p.handler IS NOT NULL"
-            )
+            behind!(", r.oid", owner_for_workers!("$3"), "p.handler IS NOT NULL")
         };
     }
     static ALL: Plan = Plan::joining(behind_with_handler!());

@@ -12,6 +12,7 @@ use super::claim::{self, Request};
 use super::cursor::{self, Projection};
 use super::failure::{self, Verdict};
 use super::held::{self, Claim, Outcome};
+use crate::call::Call;
 use crate::error::Error;
 use crate::event_log::settle;
 use crate::position::Position;
@@ -180,19 +181,15 @@ impl Handler {
         let reached = std::cell::Cell::new(rows.start);
         let applied = subtransaction::run(|| {
             settle::without_waiting(|| {
-                let spi = Spi::connect();
                 let types = EventTypes::look_up();
+                let mut call = Call::of(self.function);
                 let mut end = rows.end;
                 if self.takes_array {
-                    let call = spi.prepare_call(self.function, types.array);
-                    spi.call(&call, events.array(rows.clone()));
+                    call.call(|| events.array(rows.clone(), &types));
                 } else {
-                    let call = spi.prepare_call(self.function, types.row);
                     for row in rows.clone() {
                         reached.set(row);
-                        if let Some(event) = events.event(row) {
-                            spi.call(&call, event);
-                        }
+                        call.call(|| events.event(row, &types));
                         if is_over(deadline) {
                             end = row + 1;
                             break;
@@ -200,7 +197,7 @@ impl Handler {
                     }
                 }
                 if checks_constraints {
-                    spi.check_constraints();
+                    Spi::connect().check_constraints();
                 }
                 end
             })
