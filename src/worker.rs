@@ -17,7 +17,10 @@
 //! - The worker compares the projection's owner with its own role under the claim's lock: the projection may have been given
 //!   away after it came into the queue, and the new owner's handler would run with the old owner's rights.
 //! - A tenant that is pushed to while its pair is running is looked at again when the batch is done: the batch's horizon may be
-//!   older than the push.
+//!   older than the push. The worker does that itself, and goes on with its pair, for as long as the launcher has told it of no
+//!   pair that waits; or one backlog after another would keep the only worker.
+//! - What is due is looked up unless all pairs of the tenant are known: those that wait, run or rest, and those that had nothing
+//!   left, which a push makes due. Any change of a projection makes them unknown.
 //! - A batch whose transaction fails as a whole (a deferred constraint, an error outside any event) is applied again event by
 //!   event, each checked before its COMMIT, so that the one that is to blame is counted, retried and at last skipped.
 

@@ -220,6 +220,21 @@ def test_the_number_of_workers_follows_the_setting(app, gate):
     app.wait_and_check()
 
 
+def test_a_worker_that_has_more_to_do_ends_when_there_are_to_be_fewer(app):
+    for projection in ("p", "q"):
+        app.project(projection, body="PERFORM pg_sleep(0.01);" + NOTE, batch_size=1)
+    session = app.db.connect()
+    with session.transaction():
+        for _ in range(1000):
+            push(session)
+    app.turn_on(workers=2)
+    wait_until(lambda: len(app.applied("p")) > 10 and len(app.applied("q")) > 10)
+    assert len(app.workers()) == 2
+    app.cluster.conf(**{"lockstep.workers": 1})
+    wait_until(lambda: len(app.workers()) == 1)
+    assert len(app.applied("p")) < 1000 and len(app.applied("q")) < 1000
+
+
 def test_where_no_process_can_be_had_the_log_says_so_once_and_work_goes_on_when_there_is_one(own_app):
     app = own_app(max_worker_processes=4)  # one is PostgreSQL's own: the logical replication launcher
     log = Log(app.cluster)
