@@ -37,6 +37,31 @@ mod tests {
     }
 
     #[pg_test]
+    fn what_others_have_put_on_the_log_sees_every_push() {
+        run("CREATE TABLE public.seen (what text);
+             CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 INSERT INTO public.seen VALUES (TG_WHEN || ' ' || TG_LEVEL);
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER a BEFORE INSERT ON lockstep.events FOR EACH ROW EXECUTE FUNCTION public.note();
+             CREATE TRIGGER b AFTER INSERT ON lockstep.events FOR EACH STATEMENT EXECUTE FUNCTION public.note()");
+        run("SELECT lockstep.push_event('order', 'a', 'x')");
+        run(&push(&[event("a", ""), event("b", "")].join(",")));
+        assert_eq!(
+            list("SELECT what FROM public.seen"),
+            "BEFORE ROW,AFTER STATEMENT,BEFORE ROW,BEFORE ROW,AFTER STATEMENT"
+        );
+    }
+
+    #[pg_test]
+    fn a_column_that_others_have_added_gets_its_default() {
+        run("ALTER TABLE lockstep.events ADD note text DEFAULT 'none'");
+        run("SELECT lockstep.push_event('order', 'a', 'x')");
+        assert_eq!(list("SELECT note FROM lockstep.events"), "none");
+    }
+
+    #[pg_test]
     fn positions_share_a_ticket_and_have_no_trailing_zeros() {
         run(&push(&vec![event("a", ""); 11].join(",")));
         let ticket: i64 = one("SELECT last_value FROM lockstep.ticket");

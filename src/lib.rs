@@ -32,6 +32,7 @@ mod subtransaction;
 mod transaction;
 mod wakeup;
 mod worker;
+mod write;
 
 extension_sql_file!("../sql/event_log.sql", name = "event_log", bootstrap);
 extension_sql_file!(

@@ -17,7 +17,7 @@
 //! it so, but what else writes the log (a logical replication, a partial restore) leaves the sequence behind: each push looks.
 
 use pgrx::Uuid;
-use pgrx::datum::TimestampWithTimeZone;
+use pgrx::datum::{IntoDatum, TimestampWithTimeZone};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
@@ -33,6 +33,7 @@ use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup;
+use crate::write::Writer;
 
 /// The table, and the columns of it that are looked up without SQL.
 const EVENTS: &CStr = c"events";
@@ -277,6 +278,9 @@ fn lock_writer(tenant: &str) -> i64 {
     start
 }
 
+/// The columns of the log in their order.
+const COLUMNS: usize = 10;
+
 fn insert(
     spi: &Spi,
     tenant: &str,
@@ -285,46 +289,52 @@ fn insert(
     events: &[NewEvent],
     sequences: &[i64],
 ) {
-    static ONE: Plan = Plan::new(
-        "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
-                                      event_type, event_id, payload, metadata)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-    );
-    static MANY: Plan = Plan::new(
+    let Some(mut log) = Writer::<COLUMNS>::of(EVENTS) else {
+        return insert_by_statement(spi, tenant, ticket, created_at, events, sequences);
+    };
+    for (index, (event, sequence)) in events.iter().zip(sequences).enumerate() {
+        log.insert([
+            tenant.into_datum(),
+            Position::new(ticket, index).into_datum(),
+            event.aggregate_type.into_datum(),
+            event.aggregate_id.into_datum(),
+            sequence.into_datum(),
+            event.event_type.into_datum(),
+            event.event_id.into_datum(),
+            event.payload.into_datum(),
+            event.metadata.into_datum(),
+            created_at.into_datum(),
+        ]);
+    }
+}
+
+fn insert_by_statement(
+    spi: &Spi,
+    tenant: &str,
+    ticket: i64,
+    created_at: TimestampWithTimeZone,
+    events: &[NewEvent],
+    sequences: &[i64],
+) {
+    static INSERT: Plan = Plan::new(
         "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
                                       event_type, event_id, payload, metadata)
          SELECT $1, $2, e.* FROM unnest($3::numeric[], $4::text[], $5::text[], $6::bigint[],
                                         $7::text[], $8::uuid[], $9::jsonb[], $10::jsonb[]) AS e",
     );
-    if let [event] = events {
-        let args = [
-            Arg::from(tenant),
-            Arg::from(created_at),
-            Arg::from(Position::new(ticket, 0)),
-            Arg::from(event.aggregate_type),
-            Arg::from(event.aggregate_id),
-            Arg::from(sequences[0]),
-            Arg::from(event.event_type),
-            Arg::from(event.event_id),
-            Arg::from(event.payload),
-            Arg::from(event.metadata),
-        ];
-        spi.write(&ONE, &args);
-    } else {
-        let positions = (0..events.len()).map(|index| Position::new(ticket, index));
-        let events = events.iter();
-        let args = [
-            Arg::from(tenant),
-            Arg::from(created_at),
-            Arg::from(positions.collect::<Vec<_>>()),
-            Arg::from(events.clone().map(|e| e.aggregate_type).collect::<Vec<_>>()),
-            Arg::from(events.clone().map(|e| e.aggregate_id).collect::<Vec<_>>()),
-            Arg::from(sequences.to_vec()),
-            Arg::from(events.clone().map(|e| e.event_type).collect::<Vec<_>>()),
-            Arg::from(events.clone().map(|e| e.event_id).collect::<Vec<_>>()),
-            Arg::from(events.clone().map(|e| e.payload).collect::<Vec<_>>()),
-            Arg::from(events.map(|e| e.metadata).collect::<Vec<_>>()),
-        ];
-        spi.write(&MANY, &args);
-    }
+    let positions = (0..events.len()).map(|index| Position::new(ticket, index));
+    let events = events.iter();
+    let args = [
+        Arg::from(tenant),
+        Arg::from(created_at),
+        Arg::from(positions.collect::<Vec<_>>()),
+        Arg::from(events.clone().map(|e| e.aggregate_type).collect::<Vec<_>>()),
+        Arg::from(events.clone().map(|e| e.aggregate_id).collect::<Vec<_>>()),
+        Arg::from(sequences.to_vec()),
+        Arg::from(events.clone().map(|e| e.event_type).collect::<Vec<_>>()),
+        Arg::from(events.clone().map(|e| e.event_id).collect::<Vec<_>>()),
+        Arg::from(events.clone().map(|e| e.payload).collect::<Vec<_>>()),
+        Arg::from(events.map(|e| e.metadata).collect::<Vec<_>>()),
+    ];
+    spi.write(&INSERT, &args);
 }
