@@ -1,7 +1,7 @@
 //! Rows by an index, without a statement: a walk along one index of one of the extension's tables, which can lock where it stands.
 //!
 //! A statement starts an executor, with its nodes, expressions and memory. For a row or two that costs several times the look
-//! itself, so what the hot paths only look at they look up here. What joins or writes stays SQL.
+//! itself, so what the hot paths only look at they look up here (and insert by [`crate::write`]). What joins or computes stays SQL.
 //!
 //! The locks are those of a statement: on the table and on the index, until the transaction's end. Nobody's rights are looked at:
 //! the callers run as the extension's owner.
