@@ -14,8 +14,8 @@ from measure import Goal, as_json, from_json, summarize
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Of each topic's chart, what the README shows, in this order.
-IN_README = ("loss", "stall", "append", "growth")
+# The charts that the README shows, of those that there are, in this order.
+IN_README = ("loss", "stall", "append", "catch-up", "growth")
 BEGIN, END = "<!-- written by tools/bench --charts: begin -->\n", "<!-- written by tools/bench --charts: end -->\n"
 
 
@@ -151,10 +151,11 @@ def markdown(document):
 def provenance(document):
     """Where, when and how; from the results themselves."""
     machine, versions = document["machine"], document["versions"]
+    cells = len({(cell["topic"], cell["variant"]) for cell in document["cells"]})
     postgres = ", ".join(sorted({re.match(r"PostgreSQL [\d.]+", version)[0] for name, version in versions.items() if version.startswith("PostgreSQL")}))
     text = (
         f"Measured on {document['begun'][:10]} at commit {document['commit'][:10]}{' with local changes' if document['changed'] else ''}, with {postgres}, on "
-        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB: {document['rounds']} rounds, windows of {document['window']:g} s, "
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB: {cells} cells, {document['rounds']} rounds, windows of {document['window']:g} s, "
         f"{document['minutes']:g} minutes, seed {document['seed']}."
     )
     if document["rounds"] < 5:
@@ -163,7 +164,8 @@ def provenance(document):
 
 
 def paragraph(document):
-    charts = "\n".join(f"![{topic}](docs/img/{file_name(topic)})" for topic in IN_README)
+    topics = {cell["topic"] for cell in document["cells"]}
+    charts = "\n".join(f"![{topic}](docs/img/{file_name(topic)})" for topic in IN_README if topic in topics)
     return f"{BEGIN}{provenance(document)}\n\n{charts}\n{END}"
 
 
