@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from measure import LEAST_ROUNDS, Attempt, Goal, Measurement, summarize
 
 MOST_ROUNDS = 15
-TAIL = 5  # seconds that a window has at least where a 99th percentile is the figure
 RESERVE = 0.84  # the part of the time that the first attempts may take; the rest is for those made again
 
 

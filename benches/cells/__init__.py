@@ -42,6 +42,11 @@ class Bench:
     catch_up: int = 100_000  # events that are read, one by one, in a catch-up
     hold: float = 300  # seconds that a transaction stays open in the cells of decay
 
+    @property
+    def tail(self):
+        """Seconds of a window of which a 99th percentile is the figure."""
+        return max(self.window, 5)
+
 
 def all_cells(bench):
     from . import append, catch_up, decay, generation, growth, hot_aggregate, job, latency, lease, loss, stall, worker

@@ -9,7 +9,7 @@ from cells.worker import applied, following, listener, wait_until
 from logs import Log
 from measure import Goal, Measurement, tail
 from peers import followed, listen_notify
-from schedule import TAIL, Cell, Subject
+from schedule import Cell, Subject
 
 CLIENTS = 4
 WORKERS = Log(followed.PEER, "latency")
@@ -32,7 +32,7 @@ def measure(bench, rate, workers):
     if workers:
         wait_until(log, "lockstep.workers_are_on()")
     with following(log, "bench_worker" if workers else "postgres"), nullcontext() if workers else listener(log):
-        log.write(max(bench.window, TAIL), CLIENTS, rate=rate).finish()
+        log.write(bench.tail, CLIENTS, rate=rate).finish()
         lost, doubled = applied(log)
         waited = [(float(due), float(milliseconds)) for due, milliseconds in log.sql(LATENCY)]
     return Measurement(tail(waited), lost, doubled, 0, {"p50": median(milliseconds for _, milliseconds in waited)})
@@ -42,5 +42,5 @@ def cells(bench):
     for rate in 100, 1000:
         yield Cell(
             "latency", f"commit to applied, p99, {rate:,} pushes a second", "ms", "LISTEN/NOTIFY and a client", partial(measure, bench, rate, False),
-            [Subject("lockstep", partial(measure, bench, rate, True))], Goal(most=5, of="value", unit="ms"), less_is_better=True, windows=0, extra=1.6 + max(bench.window, TAIL),
+            [Subject("lockstep", partial(measure, bench, rate, True))], Goal(most=5, of="value", unit="ms"), less_is_better=True, windows=0, extra=1.6 + bench.tail,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from functools import partial
 from load import Pgbench
 from measure import Goal, Measurement, tail
 from peers import payload
-from schedule import TAIL, Cell, Subject
+from schedule import Cell, Subject
 from servers import server
 from systems import INSERT, LOCKSTEP, QUEUED_BARRIER, SNAPSHOT_XMIN
 
@@ -43,7 +43,7 @@ def slow_writer(log, hold, where, seconds):
 
 
 def length(bench, hold):
-    return max(bench.window, TAIL, hold / 1000 + 1)
+    return max(bench.tail, hold / 1000 + 1)
 
 
 def p99(bench, log, hold, where, consumers):

@@ -25,7 +25,7 @@ module.exports = async () => {
                     await store.appendToStream("order-hot", event(data));
                     return failed;
                 } catch (error) {
-                    if (!(error.errorCode === 412) && error.code !== "23505") {
+                    if (error.errorCode !== 412 && error.code !== "23505") {
                         throw error;
                     }
                 }

@@ -19,7 +19,7 @@ import logs
 import report
 import schedule
 from cells import CORE, Bench, all_cells, is_core
-from measure import Attempt, Goal, Measurement, as_json, from_json, percentile, summarize
+from measure import Attempt, Goal, Measurement, as_json, from_json, percentile, summarize, tail
 from peers import insert, lockstep, payload, snapshot_xmin
 from servers import Server
 
@@ -131,6 +131,27 @@ def test_what_is_invalid_is_measured_again_but_not_for_ever():
     (result,) = schedule.run([noisy], 5, seed=1, deadline=float("inf"), say=lambda text: None)
     assert len(result.attempts) == 10
     assert schedule.summary_of(result, 5).state == "invalid"
+
+
+def test_a_system_that_lost_something_is_not_measured_again_and_the_others_are():
+    cell, made = fake_cell("a", [100], one=[100])
+
+    def losing():
+        made.append("losing")
+        return Measurement(100, lost=3)
+
+    cell.subjects.append(schedule.Subject("losing", losing))
+    results = schedule.run([cell], 5, seed=1, deadline=float("inf"), say=lambda text: None)
+    assert {result.subject.system: str(schedule.summary_of(result, 5)) for result in results} == {"one": "1.00", "losing": "LOST 3"}
+    assert (made.count("one"), made.count("losing")) == (5, 1)
+
+
+def test_a_tail_is_that_of_most_seconds_and_an_incomplete_one_does_not_count():
+    steady = [(second + n / 100, 2.0 if n == 99 else 1.0) for second in range(5) for n in range(100)]
+    hiccup = [(due, 50.0 if 2.2 < due < 2.6 else figure) for due, figure in steady]
+    assert percentile([figure for _, figure in hiccup], 0.99) == 50
+    assert tail(hiccup) == tail(steady) == tail([*steady, (5.0, 90.0), (6.0, 90.0)]) == 2
+    assert tail([(due, 50.0 if int(due) % 2 == 0 else figure) for due, figure in steady]) == 50
 
 
 def test_a_peer_that_breaks_ends_its_own_cell_only():
