@@ -289,33 +289,6 @@ fn insert(
     events: &[NewEvent],
     sequences: &[i64],
 ) {
-    let Some(mut log) = Writer::<COLUMNS>::of(EVENTS) else {
-        return insert_by_statement(spi, tenant, ticket, created_at, events, sequences);
-    };
-    for (index, (event, sequence)) in events.iter().zip(sequences).enumerate() {
-        log.insert([
-            tenant.into_datum(),
-            Position::new(ticket, index).into_datum(),
-            event.aggregate_type.into_datum(),
-            event.aggregate_id.into_datum(),
-            sequence.into_datum(),
-            event.event_type.into_datum(),
-            event.event_id.into_datum(),
-            event.payload.into_datum(),
-            event.metadata.into_datum(),
-            created_at.into_datum(),
-        ]);
-    }
-}
-
-fn insert_by_statement(
-    spi: &Spi,
-    tenant: &str,
-    ticket: i64,
-    created_at: TimestampWithTimeZone,
-    events: &[NewEvent],
-    sequences: &[i64],
-) {
     static INSERT: Plan = Plan::new(
         "INSERT INTO lockstep.events (tenant, created_at, position, aggregate_type, aggregate_id, sequence,
                                       event_type, event_id, payload, metadata)
@@ -323,6 +296,24 @@ fn insert_by_statement(
                                         $7::text[], $8::uuid[], $9::jsonb[], $10::jsonb[]) AS e",
     );
     let positions = (0..events.len()).map(|index| Position::new(ticket, index));
+    if let Some(mut log) = Writer::<COLUMNS>::of(EVENTS) {
+        let (tenant, created_at) = (tenant.into_datum(), created_at.into_datum());
+        for ((event, position), sequence) in events.iter().zip(positions).zip(sequences) {
+            log.insert([
+                tenant,
+                position.into_datum(),
+                event.aggregate_type.into_datum(),
+                event.aggregate_id.into_datum(),
+                sequence.into_datum(),
+                event.event_type.into_datum(),
+                event.event_id.into_datum(),
+                event.payload.into_datum(),
+                event.metadata.into_datum(),
+                created_at,
+            ]);
+        }
+        return;
+    }
     let events = events.iter();
     let args = [
         Arg::from(tenant),

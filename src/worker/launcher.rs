@@ -294,14 +294,7 @@ impl Launcher {
                     owner,
                     outcome,
                     has_applied,
-                } => {
-                    let is_settled = has_applied && outcome == Outcome::Applied { more: false };
-                    let settled = is_settled.then(|| pair.clone());
-                    self.batch_is_done(pair, owner, outcome);
-                    if let Some(pair) = settled {
-                        self.queue.settle(pair, owner);
-                    }
-                }
+                } => self.batch_is_done(pair, owner, outcome, has_applied),
                 News::Lost { pair } => {
                     let (projection, tenant) = (pair.projection.clone(), pair.tenant.clone());
                     let rest = self.queue.failed(pair, Instant::now());
@@ -313,10 +306,17 @@ impl Launcher {
         }
     }
 
-    fn batch_is_done(&mut self, pair: Pair, owner: u32, outcome: Outcome) {
+    fn batch_is_done(&mut self, pair: Pair, owner: u32, outcome: Outcome, has_applied: bool) {
         let now = Instant::now();
         let tenant = pair.tenant.clone();
         let is_touched = match outcome {
+            Outcome::Applied { more: false } if has_applied => {
+                let is_touched = self
+                    .queue
+                    .applied(pair.clone(), owner, false, process::now());
+                self.queue.settle(pair, owner);
+                is_touched
+            }
             Outcome::Applied { more } => self.queue.applied(pair, owner, more, process::now()),
             Outcome::Gone => self.queue.forget(&pair),
             Outcome::Retry { milliseconds } => {

@@ -107,9 +107,8 @@ impl Queue {
     pub fn pushed(&mut self, tenant: &str, projections: usize, now: i64) -> bool {
         self.touch(Some(tenant));
         let known = self.pairs.keys().filter(|pair| pair.tenant == tenant);
-        let known = known.count();
         let settled = self.settled.remove(tenant).unwrap_or_default();
-        if known + settled.len() != projections {
+        if known.count() + settled.len() != projections {
             return false;
         }
         for (projection, owner) in settled {
