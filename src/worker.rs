@@ -21,6 +21,8 @@
 //!   pair that waits; or one backlog after another would keep the only worker.
 //! - What is due is looked up unless all pairs of the tenant are known: those that wait, run or rest, and those that had nothing
 //!   left, which a push makes due. Any change of a projection makes them unknown.
+//! - While the last look at everything has found no projection that workers run, pushes wake nobody. Such a projection may be
+//!   committed after that look's snapshot: its mail, not the launcher, makes pushes heeded again, and then everything is looked at.
 //! - A batch whose transaction fails as a whole (a deferred constraint, an error outside any event) is applied again event by
 //!   event, each checked before its COMMIT, so that the one that is to blame is counted, retried and at last skipped.
 

@@ -32,6 +32,8 @@ pub struct Collected {
 struct Reader {
     database: pg_sys::Oid,
     process: usize,
+    /// Whether a push can be of interest to it.
+    heeds_pushes: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -126,13 +128,20 @@ impl Contents {
     }
 }
 
-/// Puts it into this database's box, if somebody reads that, and wakes the reader unless there is mail already: then it has
-/// been woken.
+/// Puts it into this database's box, if somebody reads that and heeds it, and wakes the reader unless there is mail already: then
+/// it has been woken.
 pub fn post(mail: &Mail) {
+    let is_push = matches!(mail, Mail::Tenant(_));
+    if is_push && !heeds_pushes() {
+        return;
+    }
     let mut boxes = MAIL.exclusive();
     let Some((index, reader)) = boxes.reader_of(process::database()) else {
         return;
     };
+    if !is_push {
+        boxes.heed_pushes(index, true);
+    }
     let contents = &mut boxes.contents[index];
     let was_empty = contents.is_empty();
     contents.add(mail);
@@ -150,6 +159,29 @@ impl Boxes {
                 .filter(|reader| reader.database == database)
                 .map(|reader| (index, reader))
         })
+    }
+
+    fn heed_pushes(&mut self, index: usize, heeds: bool) {
+        if let Some(reader) = &mut self.readers[index] {
+            reader.heeds_pushes = heeds;
+        }
+    }
+}
+
+fn heeds_pushes() -> bool {
+    let boxes = MAIL.share();
+    let reader = boxes.reader_of(process::database());
+    reader.is_some_and(|(_, reader)| reader.heeds_pushes)
+}
+
+/// Says whether there is any projection that a push could make due, as the reader's last look at everything has found it. While
+/// there is none, pushes neither fill the box nor wake anybody. A projection that was changed meanwhile may be one, and makes
+/// pushes heeded again.
+pub fn heed_pushes(heeds: bool) {
+    let mut boxes = MAIL.exclusive();
+    if let Some((index, _)) = boxes.reader_of(process::database()) {
+        let heeds = heeds || boxes.contents[index].projection_changed;
+        boxes.heed_pushes(index, heeds);
     }
 }
 
@@ -169,6 +201,7 @@ pub fn open() -> bool {
     boxes.readers[index] = Some(Reader {
         database,
         process: process::number(),
+        heeds_pushes: true,
     });
     boxes.contents[index] = Contents::EMPTY;
     true

@@ -246,7 +246,10 @@ impl Launcher {
             return;
         };
         let (retries, projections) = others.unzip();
-        self.projections = projections.or(self.projections);
+        if let Some(projections) = projections {
+            self.projections = Some(projections);
+            mailbox::heed_pushes(projections > 0);
+        }
         let poll_interval = Duration::from_millis(guc::POLL_INTERVAL.get() as u64);
         if is_prepared {
             self.looks.not_later_than(poll_interval, LOOKS_SHARE);
