@@ -19,6 +19,7 @@ use crate::snapshot::At;
 pub struct Lookup {
     table: pg_sys::Relation,
     snapshot: pg_sys::Snapshot,
+    index_lock: u32,
 }
 
 /// What a column of the index is compared with.
@@ -98,44 +99,63 @@ impl<'a> Key<'a> {
 }
 
 impl Lookup {
-    pub fn of(table: &CStr, at: At) -> Self {
-        Lookup::open(table, at, pg_sys::AccessShareLock)
+    pub fn of(table: &'static CStr, at: At) -> Self {
+        Lookup::open(table, at, pg_sys::AccessShareLock, pg_sys::AccessShareLock)
     }
 
     /// For walks that lock rows.
-    pub fn to_lock(table: &CStr) -> Self {
-        Lookup::open(table, At::Latest, pg_sys::RowShareLock)
+    pub fn to_lock(table: &'static CStr) -> Self {
+        Lookup::open(
+            table,
+            At::Latest,
+            pg_sys::RowShareLock,
+            pg_sys::AccessShareLock,
+        )
     }
 
-    fn open(table: &CStr, at: At, lock: u32) -> Self {
+    /// For walks before an insert, with its locks: they need not be taken again then.
+    pub fn to_insert(table: &'static CStr, at: At) -> Self {
+        Lookup::open(
+            table,
+            at,
+            pg_sys::RowExclusiveLock,
+            pg_sys::RowExclusiveLock,
+        )
+    }
+
+    fn open(table: &'static CStr, at: At, lock: u32, index_lock: u32) -> Self {
         // SAFETY: a table of the extension; both are given back in drop, on an error by the resource owner.
         unsafe {
             Lookup {
                 table: pg_sys::table_open(catalog::relation(table), lock as pg_sys::LOCKMODE),
                 snapshot: pg_sys::RegisterSnapshot(at.take()),
+                index_lock,
             }
         }
     }
 
     /// The rows that all keys let pass, in the order of the index.
-    pub fn walk(&self, index: &CStr, keys: &[Key]) -> Walk<'_> {
+    pub fn walk(&self, index: &'static CStr, keys: &[Key]) -> Walk<'_> {
+        let mut walk = self.walk_to_seek(index, keys.len());
+        walk.seek(keys);
+        walk
+    }
+
+    /// A walk that begins when it is told where, with so many keys.
+    pub fn walk_to_seek(&self, index: &'static CStr, keys: usize) -> Walk<'_> {
         // SAFETY: an index of the table, with keys of its columns' types; all is given back in drop, on an error by the resource
         // owner and the memory context.
         unsafe {
-            let schema = (*(*self.table).rd_rel).relnamespace;
             let index = pg_sys::index_open(
-                pg_sys::get_relname_relid(index.as_ptr(), schema),
-                pg_sys::AccessShareLock as pg_sys::LOCKMODE,
+                catalog::relation(index),
+                self.index_lock as pg_sys::LOCKMODE,
             );
-            let scan = begin_scan(self.table, index, self.snapshot, keys.len() as i32);
-            let mut walk = Walk {
+            Walk {
                 lookup: self,
                 index,
-                scan,
+                scan: begin_scan(self.table, index, self.snapshot, keys as i32),
                 slot: pg_sys::table_slot_create(self.table, std::ptr::null_mut()),
-            };
-            walk.seek(keys);
-            walk
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ pub struct Writer<const COLUMNS: usize> {
 impl<const COLUMNS: usize> Writer<COLUMNS> {
     /// None if the table is not as this extension made it: with triggers, which only a statement fires all of, or with other columns,
     /// which a statement fills.
-    pub fn of(table: &CStr) -> Option<Self> {
+    pub fn of(table: &'static CStr) -> Option<Self> {
         // SAFETY: a table of the extension, locked as by INSERT; what is made here is given back in drop, on an error by the
         // resource owner and the memory context.
         unsafe {

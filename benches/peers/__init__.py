@@ -2,7 +2,7 @@
 
 A file in SQL and Python defines PEER, a `Log`: its schema, its statement to append an event, how a consumer takes its turn. Whatever
 its way, a consumer writes what it was passed to bench.applied in the transaction that moves its cursor, if the peer has one: that is the
-read model, and what the oracle compares with the log in the end.
+read model, with an amount from the payload, and what the oracle compares with the log in the end.
 """
 
 import json
@@ -13,12 +13,23 @@ CONSUMERS = 64
 # The read model, the same for all.
 APPLIED = """
 CREATE SCHEMA IF NOT EXISTS bench;
-CREATE TABLE bench.applied (consumer int NOT NULL, position numeric NOT NULL);
+CREATE TABLE bench.applied (consumer int NOT NULL, position numeric NOT NULL, amount bigint);
 """
 
-# A consumer by hand: it reads what follows its cursor, by {events}, a query of positions with `seen`, `batch` and what {begin} does first
-# (it may set `settled`), and moves the cursor in the same transaction.
-CONSUMER = """
+# A handler of one event, for a consumer that is written by hand.
+HANDLER = """
+CREATE FUNCTION bench.handle(of_consumer int, at_position numeric, payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO bench.applied VALUES (of_consumer, at_position, (payload ->> 'amount')::bigint);
+END
+$$;
+"""
+
+# A consumer by hand: it reads what follows its cursor, by {events}, a query of positions and payloads with `seen`, `batch` and what {begin}
+# does first (it may set `settled`), and moves the cursor in the same transaction.
+CONSUMER = (
+    HANDLER
+    + """
 CREATE TABLE bench.cursors (consumer int PRIMARY KEY, position numeric NOT NULL) WITH (fillfactor = 50);
 CREATE FUNCTION bench.turn(of_consumer int, batch int, each boolean DEFAULT false) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -34,13 +45,13 @@ BEGIN
     {begin}
     IF each THEN
         FOR event IN {events} LOOP
-            INSERT INTO bench.applied VALUES (of_consumer, event.position);
+            PERFORM bench.handle(of_consumer, event.position, event.payload);
             seen := event.position;
             applied := applied + 1;
         END LOOP;
     ELSE
         WITH new AS (
-            INSERT INTO bench.applied SELECT of_consumer, e.position FROM ({events}) AS e
+            INSERT INTO bench.applied SELECT of_consumer, e.position, (e.payload ->> 'amount')::bigint FROM ({events}) AS e
             RETURNING position
         )
         SELECT count(*), coalesce(max(position), seen) INTO applied, seen FROM new;
@@ -52,6 +63,7 @@ BEGIN
 END
 $$;
 """
+)
 REWIND = "TRUNCATE bench.applied, bench.cursors; INSERT INTO bench.cursors SELECT n, 0 FROM generate_series(1, 64) AS n"
 
 

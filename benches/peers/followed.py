@@ -24,7 +24,7 @@ GRANT INSERT ON bench.applied TO bench_worker;
 
 CREATE FUNCTION bench.apply(event lockstep.events) RETURNS void LANGUAGE sql
 BEGIN ATOMIC
-    INSERT INTO bench.applied VALUES (1, event.position);
+    INSERT INTO bench.applied VALUES (1, event.position, (event.payload ->> 'amount')::bigint);
 END;
 
 -- A projection that applies what is pushed from now on.

@@ -1,4 +1,4 @@
-"""The limit, and the control: bare INSERTs into a table with the columns and the unique indexes of lockstep's log, the position from a
+"""The limit, and the control: bare INSERTs into a table with the columns and the three unique indexes of lockstep's log, the position from a
 sequence. Its consumer is the loop that one writes first, `WHERE position > last seen`, with the cursor moved in the same transaction. It
 protects nothing: a position that is committed after a higher one was read is passed over for good. In batches: a multi-row INSERT, and
 COPY (by driver.py), which is faster than any statement can be.
@@ -24,11 +24,13 @@ CREATE TABLE bench.events (
     PRIMARY KEY (tenant, aggregate_type, aggregate_id, sequence),
     UNIQUE (tenant, position)
 );
+CREATE UNIQUE INDEX ON bench.events (tenant, event_id) WHERE event_id IS NOT NULL;
 CREATE TABLE bench.heads (aggregate_id text PRIMARY KEY, sequence bigint NOT NULL) WITH (fillfactor = 50);
 """
 
 # {settled}: what a reader with a protection adds to the condition.
-NEXT_EVENTS = "SELECT e.position FROM bench.events AS e WHERE e.tenant = '' AND e.position > seen {settled} ORDER BY e.position LIMIT batch"
+NEXT_EVENTS = """SELECT e.position, e.payload FROM bench.events AS e
+        WHERE e.tenant = '' AND e.position > seen {settled} ORDER BY e.position LIMIT batch"""
 
 INSERT = """INSERT INTO bench.events
     (tenant, position, aggregate_type, aggregate_id, sequence, event_type, event_id, payload, metadata, created_at)

@@ -18,7 +18,8 @@ DECLARE
     applied bigint;
 BEGIN
     INSERT INTO bench.applied
-    SELECT of_consumer, position FROM lockstep.projection_claim('consumer ' || of_consumer, max_events => batch, barrier => false);
+    SELECT of_consumer, position, (payload ->> 'amount')::bigint
+    FROM lockstep.projection_claim('consumer ' || of_consumer, max_events => batch, barrier => false);
     GET DIAGNOSTICS applied = ROW_COUNT;
     IF applied > 0 THEN
         PERFORM lockstep.projection_advance('consumer ' || of_consumer);
@@ -33,9 +34,9 @@ BEGIN
     FOR n IN 1..{CONSUMERS} LOOP
         EXECUTE format($f$
             CREATE FUNCTION bench.apply_set_%1$s(events lockstep.events[]) RETURNS void LANGUAGE sql AS
-                'INSERT INTO bench.applied SELECT %1$s, (e).position FROM unnest(events) AS e';
+                $h$INSERT INTO bench.applied SELECT %1$s, e.position, (e.payload ->> 'amount')::bigint FROM unnest(events) AS e$h$;
             CREATE FUNCTION bench.apply_each_%1$s(event lockstep.events) RETURNS void LANGUAGE plpgsql AS
-                'BEGIN INSERT INTO bench.applied VALUES (%1$s, event.position); END';
+                $h$BEGIN INSERT INTO bench.applied VALUES (%1$s, event.position, (event.payload ->> 'amount')::bigint); END$h$;
             $f$, n);
         PERFORM lockstep.projection_create('consumer ' || n);
         PERFORM lockstep.projection_create('set ' || n, handler => format('bench.apply_set_%s(lockstep.events[])', n)::regprocedure);

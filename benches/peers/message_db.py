@@ -7,7 +7,8 @@ Docs: http://docs.eventide-project.org/user-guide/message-db/server-functions.ht
 
 from . import APPLIED, REWIND, Log, consumer
 
-NEXT_EVENTS = "SELECT m.global_position AS position FROM message_store.get_category_messages('order', seen + 1, batch) AS m"
+NEXT_EVENTS = """SELECT m.global_position AS position, m.data::jsonb AS payload
+        FROM message_store.get_category_messages('order', seen + 1, batch) AS m"""
 WRITE = "SELECT message_store.write_message(gen_random_uuid()::text, {stream}, 'paid', :payload, NULL, {version});\n"
 
 PEER = Log(

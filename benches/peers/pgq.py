@@ -5,11 +5,12 @@ made by pgqd, looking every 0.1 s in place of 1, with ticker_max_lag of 0.1 s in
 Docs: https://pgq.github.io/extension/pgq/files/external-sql.html
 """
 
-from . import APPLIED, CONSUMERS, Log
+from . import APPLIED, CONSUMERS, HANDLER, Log
 
 SCHEMA = (
     "CREATE EXTENSION pgq;"
     + APPLIED
+    + HANDLER
     + """
 SELECT pgq.create_queue('log');
 SELECT pgq.set_queue_config('log', 'ticker_max_lag', '0.1 seconds'), pgq.set_queue_config('log', 'ticker_idle_period', '1 second');
@@ -23,12 +24,12 @@ BEGIN
         RETURN 0;
     END IF;
     IF each THEN
-        FOR event IN SELECT e.ev_id FROM pgq.get_batch_events(batch_id) AS e LOOP
-            INSERT INTO bench.applied VALUES (of_consumer, event.ev_id);
+        FOR event IN SELECT e.ev_id, e.ev_data::jsonb AS payload FROM pgq.get_batch_events(batch_id) AS e LOOP
+            PERFORM bench.handle(of_consumer, event.ev_id, event.payload);
             applied := applied + 1;
         END LOOP;
     ELSE
-        INSERT INTO bench.applied SELECT of_consumer, e.ev_id FROM pgq.get_batch_events(batch_id) AS e;
+        INSERT INTO bench.applied SELECT of_consumer, e.ev_id, (e.ev_data::jsonb ->> 'amount')::bigint FROM pgq.get_batch_events(batch_id) AS e;
         GET DIAGNOSTICS applied = ROW_COUNT;
     END IF;
     PERFORM pgq.finish_batch(batch_id);

@@ -7,7 +7,7 @@ Recipe: https://event-driven.io/en/ordering_in_postgres_outbox/
 
 from dataclasses import replace
 
-from . import APPLIED, insert
+from . import APPLIED, HANDLER, insert
 
 TABLE = (
     insert.TABLE
@@ -33,21 +33,21 @@ BEGIN
     END IF;
     IF each THEN
         FOR event IN
-            SELECT e.transaction_id, e.position FROM bench.events AS e
+            SELECT e.transaction_id, e.position, e.payload FROM bench.events AS e
             WHERE (e.transaction_id, e.position) > (seen.transaction_id, seen.position) AND e.transaction_id < pg_snapshot_xmin(pg_current_snapshot())
             ORDER BY e.transaction_id, e.position LIMIT batch
         LOOP
-            INSERT INTO bench.applied VALUES (of_consumer, event.position);
+            PERFORM bench.handle(of_consumer, event.position, event.payload);
             seen := event;
             applied := applied + 1;
         END LOOP;
     ELSE
         WITH new AS MATERIALIZED (
-            SELECT e.transaction_id, e.position FROM bench.events AS e
+            SELECT e.transaction_id, e.position, e.payload FROM bench.events AS e
             WHERE (e.transaction_id, e.position) > (seen.transaction_id, seen.position) AND e.transaction_id < pg_snapshot_xmin(pg_current_snapshot())
             ORDER BY e.transaction_id, e.position LIMIT batch
         ), kept AS (
-            INSERT INTO bench.applied SELECT of_consumer, position FROM new
+            INSERT INTO bench.applied SELECT of_consumer, position, (payload ->> 'amount')::bigint FROM new
         )
         SELECT last.transaction_id, last.position, (SELECT count(*) FROM new) AS n INTO event
         FROM new AS last ORDER BY last.transaction_id DESC, last.position DESC LIMIT 1;
@@ -62,4 +62,4 @@ END
 $$;
 """
 
-PEER = replace(insert.PEER, name="snapshot xmin", schema=APPLIED + TABLE + TURN, fill=())
+PEER = replace(insert.PEER, name="snapshot xmin", schema=APPLIED + HANDLER + TABLE + TURN, fill=())

@@ -62,14 +62,14 @@ pub fn push(
     let aggregates = Aggregates::of(events);
     lock::acquire_sorted(tags(tenant, events, &aggregates)?);
 
-    let spi = Spi::connect();
-    let last = read_sequences(&spi, tenant, &aggregates)?;
-    refuse_known_event_ids(&spi, tenant, events)?;
+    let log = Lookup::to_insert(EVENTS, At::Latest);
+    let last = read_sequences(&log, tenant, &aggregates)?;
+    refuse_known_event_ids(tenant, events)?;
     let sequences = assign_sequences(events, &aggregates, last)?;
-    let unique_keys = unique::plan(&spi, tenant, events)?;
+    let unique_keys = unique::plan(tenant, events)?;
 
     let start = lock_writer(tenant);
-    refuse_log_above(tenant, start)?;
+    refuse_log_above(log, tenant, start)?;
     let ticket = sequence::TICKET.next();
     if ticket <= start {
         // Not with CACHE 1, unless someone set the sequence back just now.
@@ -79,8 +79,8 @@ pub fn push(
         });
     }
     let created_at = pgrx::datum::clock_timestamp();
-    unique_keys.apply(&spi, tenant, |event| Position::new(ticket, event))?;
-    insert(&spi, tenant, ticket, created_at, events, &sequences);
+    unique_keys.apply(tenant, |event| Position::new(ticket, event))?;
+    insert(tenant, ticket, created_at, events, &sequences);
 
     Ok(sequences
         .into_iter()
@@ -136,10 +136,11 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ve
 
 /// The last sequence of each aggregate; 0 for a new one. Under a transaction snapshot the push must not build on what that
 /// snapshot does not show: it compares the two.
-fn read_sequences(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Vec<i64>, Error> {
-    let latest = read_sequences_at(spi, At::Latest, tenant, aggregates);
+fn read_sequences(log: &Lookup, tenant: &str, aggregates: &Aggregates) -> Result<Vec<i64>, Error> {
+    let latest = sequences_in(log, tenant, aggregates);
     if snapshot::is_transaction_snapshot() {
-        let seen = read_sequences_at(spi, At::Transaction, tenant, aggregates);
+        let seen = Lookup::to_insert(EVENTS, At::Transaction);
+        let seen = sequences_in(&seen, tenant, aggregates);
         if let Some(index) = (0..latest.len()).find(|&index| seen[index] != latest[index]) {
             let (aggregate_type, aggregate_id) = aggregates.names[index];
             return Err(Error::SerializationFailure(format!(
@@ -151,34 +152,22 @@ fn read_sequences(spi: &Spi, tenant: &str, aggregates: &Aggregates) -> Result<Ve
     Ok(latest)
 }
 
-fn read_sequences_at(spi: &Spi, at: At, tenant: &str, aggregates: &Aggregates) -> Vec<i64> {
-    static MANY: Plan = Plan::new(
-        "SELECT (SELECT e.sequence FROM lockstep.events AS e
-                 WHERE e.tenant = $1 AND e.aggregate_type = a.aggregate_type AND e.aggregate_id = a.aggregate_id
-                 ORDER BY e.sequence DESC LIMIT 1)
-         FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)",
-    );
-    if let [(aggregate_type, aggregate_id)] = aggregates.names[..] {
-        let keys = [
+fn sequences_in(log: &Lookup, tenant: &str, aggregates: &Aggregates) -> Vec<i64> {
+    let mut walk = log.walk_to_seek(c"events_pkey", 3);
+    let mut last = |(aggregate_type, aggregate_id): &(&str, &str)| {
+        walk.seek(&[
             Key::equal(1, tenant),
-            Key::equal(2, aggregate_type),
-            Key::equal(3, aggregate_id),
-        ];
-        let log = Lookup::of(EVENTS, at);
-        let mut walk = log.walk(c"events_pkey", &keys);
-        let last = walk.step_back().and_then(|row| row.get(SEQUENCE));
-        return vec![last.unwrap_or(0)];
-    }
-    let (types, ids): (Vec<&str>, Vec<&str>) = aggregates.names.iter().copied().unzip();
-    let args = [Arg::from(tenant), Arg::from(types), Arg::from(ids)];
-    let rows = spi.read(&MANY, at, &args);
-    (0..aggregates.names.len())
-        .map(|row| rows.get(row, 1).unwrap_or(0))
-        .collect()
+            Key::equal(2, *aggregate_type),
+            Key::equal(3, *aggregate_id),
+        ]);
+        walk.step_back().and_then(|row| row.get(SEQUENCE))
+    };
+    let names = aggregates.names.iter();
+    names.map(|name| last(name).unwrap_or(0)).collect()
 }
 
 /// The events' ids are locked, so one that is not in the log now will not be there before this transaction ends.
-fn refuse_known_event_ids(spi: &Spi, tenant: &str, events: &[NewEvent]) -> Result<(), Error> {
+fn refuse_known_event_ids(tenant: &str, events: &[NewEvent]) -> Result<(), Error> {
     static KNOWN: Plan = Plan::new(
         "SELECT e.event_id FROM lockstep.events AS e
          WHERE e.tenant = $1 AND e.event_id = ANY ($2) AND e.event_id IS NOT NULL LIMIT 1",
@@ -190,7 +179,8 @@ fn refuse_known_event_ids(spi: &Spi, tenant: &str, events: &[NewEvent]) -> Resul
     let mut seen = HashSet::new();
     let repeated = ids.iter().copied().find(|id| !seen.insert(*id.as_bytes()));
     let known = repeated.or_else(|| {
-        spi.read(&KNOWN, At::Latest, &[Arg::from(tenant), Arg::from(ids)])
+        Spi::connect()
+            .read(&KNOWN, At::Latest, &[Arg::from(tenant), Arg::from(ids)])
             .get(0, 1)
     });
     known.map_or(Ok(()), |id| {
@@ -233,7 +223,7 @@ fn assign_sequences(
 ///
 /// In SERIALIZABLE a backend looks only at its first push to a tenant and when the sequence went back: the look takes a
 /// predicate lock on the end of the log, where every other push of the tenant inserts, and would conflict with them all.
-fn refuse_log_above(tenant: &str, value: i64) -> Result<(), Error> {
+fn refuse_log_above(log: Lookup, tenant: &str, value: i64) -> Result<(), Error> {
     thread_local! {
         /// By tenant: the sequence's value at this backend's last push in SERIALIZABLE.
         static LOOKED: RefCell<HashMap<String, i64>> = RefCell::default();
@@ -245,7 +235,6 @@ fn refuse_log_above(tenant: &str, value: i64) -> Result<(), Error> {
             Key::equal(1, tenant),
             Key::above(2, Position::last_of(value)),
         ];
-        let log = Lookup::of(EVENTS, At::Latest);
         let mut walk = log.walk(c"events_tenant_position_key", &keys);
         let last: Option<Position> = walk.step_back().and_then(|row| row.get(POSITION));
         let above = last.map(Position::ticket);
@@ -282,7 +271,6 @@ fn lock_writer(tenant: &str) -> i64 {
 const COLUMNS: usize = 10;
 
 fn insert(
-    spi: &Spi,
     tenant: &str,
     ticket: i64,
     created_at: TimestampWithTimeZone,
@@ -327,5 +315,5 @@ fn insert(
         Arg::from(events.clone().map(|e| e.payload).collect::<Vec<_>>()),
         Arg::from(events.map(|e| e.metadata).collect::<Vec<_>>()),
     ];
-    spi.write(&INSERT, &args);
+    Spi::connect().write(&INSERT, &args);
 }

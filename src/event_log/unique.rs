@@ -95,8 +95,8 @@ impl Key {
 }
 
 /// Applies the events' operations in order. Raises 23505 where one adds a key that is taken.
-pub fn plan<'a>(spi: &Spi, tenant: &str, events: &'a [NewEvent<'a>]) -> Result<Changes<'a>, Error> {
-    let mut keys = read_keys(spi, tenant, events);
+pub fn plan<'a>(tenant: &str, events: &'a [NewEvent<'a>]) -> Result<Changes<'a>, Error> {
+    let mut keys = read_keys(tenant, events);
     for (event, operation) in operations(events) {
         let name = (operation.scope.as_str(), operation.value.as_str());
         let Some(key) = keys.get_mut(&name) else {
@@ -149,11 +149,7 @@ fn operations<'a>(events: &'a [NewEvent<'a>]) -> impl Iterator<Item = (usize, &'
         .flat_map(|(index, event)| event.unique.iter().map(move |operation| (index, operation)))
 }
 
-fn read_keys<'a>(
-    spi: &Spi,
-    tenant: &str,
-    events: &'a [NewEvent<'a>],
-) -> HashMap<(&'a str, &'a str), Key> {
+fn read_keys<'a>(tenant: &str, events: &'a [NewEvent<'a>]) -> HashMap<(&'a str, &'a str), Key> {
     static TAKEN: Plan = Plan::new(
         "SELECT (SELECT k.global FROM lockstep.unique_keys AS k
                  WHERE k.tenant = $1 AND k.scope = named.scope AND k.value = named.value),
@@ -172,6 +168,7 @@ fn read_keys<'a>(
         Arg::from(scopes.clone()),
         Arg::from(values.clone()),
     ];
+    let spi = Spi::connect();
     let rows = spi.read(&TAKEN, At::Latest, &args);
     scopes
         .into_iter()
@@ -190,12 +187,7 @@ fn read_keys<'a>(
 
 impl Changes<'_> {
     /// Writes them, each key with the position of the event that took it.
-    pub fn apply(
-        self,
-        spi: &Spi,
-        tenant: &str,
-        position: impl Fn(usize) -> Position,
-    ) -> Result<(), Error> {
+    pub fn apply(self, tenant: &str, position: impl Fn(usize) -> Position) -> Result<(), Error> {
         static DELETE: Plan = Plan::new(
             "DELETE FROM lockstep.unique_keys AS k USING unnest($2::text[], $3::text[]) AS freed (scope, value)
              WHERE k.tenant = $1 AND k.scope = freed.scope AND k.value = freed.value",
@@ -209,7 +201,7 @@ impl Changes<'_> {
             let (scopes, values): (Vec<_>, Vec<_>) = self.delete.into_iter().unzip();
             let args = [Arg::from(tenant), Arg::from(scopes), Arg::from(values)];
             // Only under a transaction snapshot can a row that was just seen be invisible to the DELETE.
-            if spi.write(&DELETE, &args).count() < expected {
+            if Spi::connect().write(&DELETE, &args).count() < expected {
                 return Err(Error::SerializationFailure(
                     "A unique key that this push gives back was taken after the transaction's snapshot."
                         .into(),
@@ -225,7 +217,7 @@ impl Changes<'_> {
                 Arg::from(rows.clone().map(|row| row.global).collect::<Vec<_>>()),
                 Arg::from(rows.map(|row| position(row.event)).collect::<Vec<_>>()),
             ];
-            spi.write(&INSERT, &args);
+            Spi::connect().write(&INSERT, &args);
         }
         Ok(())
     }
