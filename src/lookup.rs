@@ -113,8 +113,8 @@ impl Lookup {
         )
     }
 
-    /// For walks before an insert, with its locks: they need not be taken again then.
-    pub fn to_insert(table: &'static CStr, at: At) -> Self {
+    /// For walks before a write of the same table, with the locks of that: they need not be taken again then.
+    pub fn to_write(table: &'static CStr, at: At) -> Self {
         Lookup::open(
             table,
             at,
@@ -132,6 +132,13 @@ impl Lookup {
                 index_lock,
             }
         }
+    }
+
+    /// The open table, unless it has triggers.
+    pub fn table_without_triggers(&self) -> Option<pg_sys::Relation> {
+        // SAFETY: an open table.
+        let triggers = unsafe { (*self.table).trigdesc };
+        triggers.is_null().then_some(self.table)
     }
 
     /// The rows that all keys let pass, in the order of the index.
@@ -250,6 +257,11 @@ impl Walk<'_> {
     /// At the beginning the last row, then the one before.
     pub fn step_back(&mut self) -> Option<Row<'_>> {
         self.step_to(pg_sys::ScanDirection::BackwardScanDirection)
+    }
+
+    /// For who writes the row without a statement ([`crate::write`]).
+    pub fn slot(&self) -> *mut pg_sys::TupleTableSlot {
+        self.slot
     }
 
     fn step_to(&mut self, direction: pg_sys::ScanDirection::Type) -> Option<Row<'_>> {

@@ -399,6 +399,11 @@ impl Jobs {
         self.jobs.len()
     }
 
+    /// Adds a row, which lives until the connection ends.
+    pub fn add(&mut self, job_id: i64, row: pg_sys::HeapTupleHeader) {
+        self.jobs.push((job_id, row));
+    }
+
     /// Puts them into the order of their ids in the list.
     pub fn sort_by_ids(&mut self, ids: &[i64]) {
         let place: HashMap<i64, usize> = ids.iter().copied().zip(0..).collect();

@@ -62,7 +62,7 @@ pub fn push(
     let aggregates = Aggregates::of(events);
     lock::acquire_sorted(tags(tenant, events, &aggregates)?);
 
-    let log = Lookup::to_insert(EVENTS, At::Latest);
+    let log = Lookup::to_write(EVENTS, At::Latest);
     let last = read_sequences(&log, tenant, &aggregates)?;
     refuse_known_event_ids(tenant, events)?;
     let sequences = assign_sequences(events, &aggregates, last)?;
@@ -139,7 +139,7 @@ fn tags(tenant: &str, events: &[NewEvent], aggregates: &Aggregates) -> Result<Ve
 fn read_sequences(log: &Lookup, tenant: &str, aggregates: &Aggregates) -> Result<Vec<i64>, Error> {
     let latest = sequences_in(log, tenant, aggregates);
     if snapshot::is_transaction_snapshot() {
-        let seen = Lookup::to_insert(EVENTS, At::Transaction);
+        let seen = Lookup::to_write(EVENTS, At::Transaction);
         let seen = sequences_in(&seen, tenant, aggregates);
         if let Some(index) = (0..latest.len()).find(|&index| seen[index] != latest[index]) {
             let (aggregate_type, aggregate_id) = aggregates.names[index];

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::lookup::{Lookup, Row, Strength};
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
+use crate::write;
 
 /// What became of the attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,59 @@ impl End {
 }
 
 pub fn complete(job_id: i64, token: i64) -> End {
+    let completed = delete_if_free(job_id, token).unwrap_or_else(|| delete(job_id, token));
+    let Some(Completed {
+        queue,
+        tenant,
+        waited,
+        ran,
+    }) = completed
+    else {
+        return End::Lost;
+    };
+    statistics::completed(&queue, &tenant, waited, ran);
+    queue::announce(&queue, &tenant);
+    End::Completed
+}
+
+/// A job that was done: where it was, and for how many seconds it waited and ran.
+struct Completed {
+    queue: String,
+    tenant: String,
+    waited: f64,
+    ran: f64,
+}
+
+/// Deletes a job that is claimed with the token. None: somebody has locked it, a guard or a renewal; Some(None): it is not claimed so.
+fn delete_if_free(job_id: i64, token: i64) -> Option<Option<Completed>> {
+    let jobs = Lookup::to_write(row::TABLE, At::Latest);
+    let mut walk = jobs.walk(row::by_id::INDEX, &[row::id(job_id)]);
+    let completed = walk.step().and_then(|job| {
+        let (run_at, claimed_at) = (time(&job, row::RUN_AT)?, time(&job, row::CLAIMED_AT)?);
+        (job.get(row::TOKEN) == Some(token)).then_some(Completed {
+            queue: job.get(row::QUEUE)?,
+            tenant: job.get(row::TENANT)?,
+            waited: seconds(run_at, claimed_at),
+            ran: seconds(claimed_at, clock_timestamp()),
+        })
+    });
+    if completed.is_none() {
+        return Some(None);
+    }
+    (walk.lock(Strength::Update) && write::delete(&jobs, &walk)).then_some(completed)
+}
+
+fn time(job: &Row, column: i16) -> Option<TimestampWithTimeZone> {
+    job.get(column)
+}
+
+fn seconds(from: TimestampWithTimeZone, to: TimestampWithTimeZone) -> f64 {
+    let microseconds = |time| i64::from(time) as f64;
+    (microseconds(to) - microseconds(from)) / 1e6
+}
+
+/// The same, waiting for who has locked it.
+fn delete(job_id: i64, token: i64) -> Option<Completed> {
     static DELETE: Plan = Plan::new(
         "DELETE FROM lockstep.jobs WHERE job_id = $1 AND token = $2
          RETURNING queue, tenant, EXTRACT(epoch FROM claimed_at - run_at)::float8,
@@ -42,13 +96,12 @@ pub fn complete(job_id: i64, token: i64) -> End {
     );
     let spi = Spi::connect();
     let rows = spi.write_latest(&DELETE, &[Arg::from(job_id), Arg::from(token)]);
-    let (Some(queue), Some(tenant)) = (rows.get::<String>(0, 1), rows.get::<String>(0, 2)) else {
-        return End::Lost;
-    };
-    let seconds = |column| rows.get(0, column).unwrap_or_default();
-    statistics::completed(&queue, &tenant, seconds(3), seconds(4));
-    queue::announce(&queue, &tenant);
-    End::Completed
+    Some(Completed {
+        queue: rows.get(0, 1)?,
+        tenant: rows.get(0, 2)?,
+        waited: rows.get(0, 3).unwrap_or_default(),
+        ran: rows.get(0, 4).unwrap_or_default(),
+    })
 }
 
 pub fn fail(job_id: i64, token: i64, error: &str, retry_after: Option<Interval>) -> End {

@@ -1,6 +1,6 @@
 //! Claiming jobs: the steps are in `job.rs`, the search in `search.rs`.
 
-use pgrx::datum::Interval;
+use pgrx::datum::{Interval, IntoDatum, clock_timestamp};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
@@ -11,8 +11,10 @@ use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
 use crate::lock::{Mode, Tag};
 use crate::lookup::{Lookup, Strength};
 use crate::process;
+use crate::sequence;
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Jobs, Plan, Spi};
+use crate::write::Updater;
 
 pub struct Request<'a> {
     pub queue: &'a str,
@@ -55,7 +57,7 @@ pub fn claim(request: &Request) -> Jobs {
 struct Claim<'a> {
     request: &'a Request<'a>,
     jobs: Jobs,
-    /// Ready jobs that this transaction has locked and that one statement will claim together.
+    /// Ready jobs that this transaction has locked and will claim together.
     locked: Vec<i64>,
     /// The ids of all, in the order in which they were taken.
     order: Vec<i64>,
@@ -310,7 +312,7 @@ impl Claim<'_> {
         true
     }
 
-    /// Claims the jobs that were locked, one statement for all.
+    /// Claims the jobs that were locked.
     fn claim_locked(&mut self, slot: Option<i32>) {
         static CLAIM: Plan = Plan::new(
             "UPDATE lockstep.jobs AS j
@@ -320,16 +322,50 @@ impl Claim<'_> {
              WHERE j.job_id = ANY ($4)
              RETURNING j.job_id, j",
         );
-        if self.locked.is_empty() {
+        let mut locked = std::mem::take(&mut self.locked);
+        if locked.is_empty() {
             return;
         }
-        let args = [
-            Arg::from(self.request.holder),
-            Arg::from(self.request.ttl),
-            Arg::from(slot),
-            Arg::from(std::mem::take(&mut self.locked)),
-        ];
-        self.jobs.write(&CLAIM, &args);
+        let jobs = Lookup::to_write(row::TABLE, At::Latest);
+        let Some(mut updater) = Updater::of(&jobs) else {
+            let args = [
+                Arg::from(self.request.holder),
+                Arg::from(self.request.ttl),
+                Arg::from(slot),
+                Arg::from(locked),
+            ];
+            self.jobs.write(&CLAIM, &args);
+            return;
+        };
+        locked.sort_unstable();
+        locked.dedup();
+        let mut walk = jobs.walk_to_seek(row::by_id::INDEX, 1);
+        for job_id in locked {
+            walk.seek(&[row::id(job_id)]);
+            let Some(job) = walk.step() else {
+                continue;
+            };
+            let attempts: i32 = job.get(row::ATTEMPTS).unwrap_or_default();
+            let attempts_left: Option<i32> = job.get(row::ATTEMPTS_LEFT);
+            let now = clock_timestamp();
+            let changes = [
+                (row::STATE, "in_progress".into_datum()),
+                (row::ATTEMPTS, (attempts + 1).into_datum()),
+                (
+                    row::ATTEMPTS_LEFT,
+                    attempts_left.map(|left| left - 1).into_datum(),
+                ),
+                (row::TOKEN, sequence::TOKEN.next().into_datum()),
+                (row::HOLDER, self.request.holder.into_datum()),
+                (row::CLAIMED_AT, now.into_datum()),
+                (row::CLAIMED_UNTIL, (now + self.request.ttl).into_datum()),
+                (row::SLOT, slot.into_datum()),
+                (row::DELAYED_UNTIL, row::not_delayed().into_datum()),
+                (row::LANE, None),
+            ];
+            let job = updater.change_returning(&walk, &changes);
+            self.jobs.add(job_id, job);
+        }
     }
 
     /// Locks up to `count` of the jobs without a key to be claimed, in their order, none of less priority than `least`; how many.

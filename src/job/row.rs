@@ -13,13 +13,18 @@ pub const QUEUE: i16 = 3;
 pub const KEY: i16 = 4;
 pub const KIND: i16 = 5;
 pub const PRIORITY: i16 = 7;
+pub const STATE: i16 = 8;
 pub const ATTEMPTS_LEFT: i16 = 9;
 pub const TOKEN: i16 = 10;
 pub const HOLDER: i16 = 11;
 pub const CLAIMED_UNTIL: i16 = 12;
 pub const RUN_AT: i16 = 13;
+pub const ATTEMPTS: i16 = 18;
+pub const CLAIMED_AT: i16 = 20;
+pub const SLOT: i16 = 22;
 pub const RETRY_ID: i16 = 23;
 pub const DELAYED_UNTIL: i16 = 24;
+pub const LANE: i16 = 25;
 
 /// The first columns of its indexes, as keys.
 pub mod by_id {
@@ -60,6 +65,11 @@ pub mod by_claimed_until {
     pub const QUEUE: i16 = 1;
     pub const TENANT: i16 = 2;
     pub const CLAIMED_UNTIL: i16 = 3;
+}
+
+/// What finds a job.
+pub fn id(job_id: i64) -> Key<'static> {
+    Key::equal(by_id::JOB_ID, job_id)
 }
 
 /// What finds the ready jobs of the key and kind, those that have failed last.
@@ -103,13 +113,13 @@ pub fn lock<T>(
     strength: Strength,
     read: impl FnOnce(&Row) -> Option<T>,
 ) -> Option<T> {
-    jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)])
+    jobs.walk(by_id::INDEX, &[id(job_id)])
         .lock_next(strength, read)
 }
 
 /// Locks the first ready twin of a job that nobody has locked, one that has not failed before one that has; its id.
 pub fn lock_twin(jobs: &Lookup, job_id: i64) -> Option<i64> {
-    let mut of_job = jobs.walk(by_id::INDEX, &[Key::equal(by_id::JOB_ID, job_id)]);
+    let mut of_job = jobs.walk(by_id::INDEX, &[id(job_id)]);
     let row = of_job.step()?;
     let name = |column| row.get::<String>(column);
     let (queue, tenant, key, kind) = (name(QUEUE)?, name(TENANT)?, name(KEY)?, name(KIND)?);
@@ -131,4 +141,9 @@ pub fn if_ready(row: &Row) -> Option<()> {
 pub fn if_due(row: &Row) -> Option<()> {
     let time: TimestampWithTimeZone = row.get(DELAYED_UNTIL)?;
     if_ready(row).filter(|_| time <= clock_timestamp())
+}
+
+/// What `delayed_until` is of a job that is not for later: the epoch.
+pub fn not_delayed() -> TimestampWithTimeZone {
+    pgrx::datum::to_timestamp(0.0)
 }

@@ -3,7 +3,7 @@
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
-use super::hold::{self, Wait};
+use super::hold::{self, Held, Wait};
 use super::state::{self, Lease};
 use crate::error::Error;
 use crate::jsonb::Jsonb;
@@ -103,21 +103,22 @@ fn renew_own(spi: &Spi, request: &Request, token: i64) -> Attempt {
     if !Tag::lease(request.name).try_acquire(Mode::RowShare) {
         return Attempt::Refused;
     }
-    let Some(now) = hold::lock_held(spi, request.name, token, request.wait) else {
-        return match request.wait {
-            Wait::ForRow => Attempt::Moved,
-            Wait::ForNothing => Attempt::Refused,
-        };
+    let renew = |held: Held| {
+        let args = [
+            Arg::from(request.name),
+            Arg::from(held.now),
+            Arg::from(request.ttl),
+            Arg::from(request.metadata),
+            Arg::from(request.min_hold),
+            Arg::from(request.lock_delay),
+        ];
+        Answer::acquired(&spi.write_latest(&RENEW, &args))
     };
-    let args = [
-        Arg::from(request.name),
-        Arg::from(now),
-        Arg::from(request.ttl),
-        Arg::from(request.metadata),
-        Arg::from(request.min_hold),
-        Arg::from(request.lock_delay),
-    ];
-    Attempt::Acquired(Answer::acquired(&spi.write_latest(&RENEW, &args)))
+    match hold::with_held(request.name, token, request.wait, renew) {
+        Some(answer) => Attempt::Acquired(answer),
+        None if request.wait == Wait::ForRow => Attempt::Moved,
+        None => Attempt::Refused,
+    }
 }
 
 /// Takes a lease that nobody holds, if no other transaction guards it, is renewing it or is taking it.
