@@ -22,7 +22,7 @@ workers: pushes, 8 clients, beside workers (that apply all|with nothing to apply
 decay: a consumer.s turn, .*
 growth: (push|claim), .*(events|writers in flight)
 growth: claim, .*(tenants|projections)
-leases: (lease_renew|lease_acquire and lease_release|lease_guard in a transaction of one UPDATE), 8 clients, a lease each
+leases: (lease_renew|lease_acquire and lease_release|lease_guard|lease_guard in a transaction of one UPDATE|lease_guard before one UPDATE), 8 clients, a lease each
 leases: lease_renew, 32 clients, one lease
 generations: (generation_set|replica_sync_begin and replica_sync_finish), 8 clients
 generations: replica_sync_claim of 10 of 100 due, 1,000,000 resources

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-from cells.worker import applied, following, listener, wait_until
+from cells.worker import NONE, applied, following, listener, wait_until
 from logs import Log
 from measure import Goal, Measurement, tail
 from peers import followed, listen_notify
@@ -38,8 +38,26 @@ def measure(bench, rate, workers):
     return Measurement(tail(waited), lost, doubled, 0, {"p50": median(milliseconds for _, milliseconds in waited)})
 
 
+def pushes(bench, rate, workers):
+    """Milliseconds of the pushes' 99th percentile at that rate, beside workers that apply all or on a server without them."""
+    log = WORKERS if workers else NONE
+    log.reset()
+    if workers:
+        wait_until(log, "lockstep.workers_are_on()")
+    with following(log, "bench_worker") if workers else nullcontext():
+        loaded = log.write(bench.tail, CLIENTS, rate=rate).finish()
+        lost, doubled = applied(log) if workers else (0, 0)
+    measured = log.measurement_of(loaded)
+    return Measurement(loaded.p99, measured.lost + lost, measured.doubled + doubled, 0, {"p50": median(loaded.took)})
+
+
 def cells(bench):
     for rate in 100, 1000:
+        yield Cell(
+            "latency", f"p99 of pushes, {rate:,} a second, beside workers that apply all", "ms", "pushes without the library preloaded",
+            partial(pushes, bench, rate, False), [Subject("lockstep", partial(pushes, bench, rate, True))], Goal(most=1.2), less_is_better=True,
+            windows=0, extra=1.6 + bench.tail,
+        )  # fmt: skip
         yield Cell(
             "latency", f"commit to applied, p99, {rate:,} pushes a second", "ms", "LISTEN/NOTIFY and a client", partial(measure, bench, rate, False),
             [Subject("lockstep", partial(measure, bench, rate, True))], Goal(most=5, of="value", unit="ms"), less_is_better=True, windows=0, extra=1.6 + bench.tail,

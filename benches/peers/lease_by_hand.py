@@ -29,6 +29,7 @@ RESET = [
 
 UPDATE = "UPDATE bench.leases SET renewed_at = clock_timestamp(), expires_at = clock_timestamp() + ttl WHERE name = 'lease-' || :n"
 RENEW = f"{UPDATE} AND token = :n AND expires_at > clock_timestamp() RETURNING expires_at;\n"
+GUARD = "SELECT FROM bench.leases WHERE name = 'lease-' || :n AND token = :n AND expires_at > clock_timestamp() FOR KEY SHARE;\n"
 # A refused acquisition gives a row all the same, as lease_acquire does.
 HOLD = """WITH taken AS (
     UPDATE bench.leases SET holder = :client_id::text, token = nextval('bench.token'), renewed_at = clock_timestamp(),

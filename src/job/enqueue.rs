@@ -12,9 +12,6 @@ use crate::sequence;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
 
-/// `delayed_until` of what is ready at once, in PostgreSQL's microseconds: the time 'epoch'.
-const EPOCH: i64 = -946_684_800_000_000;
-
 pub struct NewJob<'a> {
     pub queue: &'a str,
     pub tenant: &'a str,
@@ -124,7 +121,7 @@ impl Times {
         let run_at = time(now + delay);
         let keyless = i64::from(job.key.is_none());
         let (delayed_until, delayed) = match delay {
-            0 => (time(EPOCH), 0),
+            0 => (row::not_delayed(), 0),
             _ => (run_at, 2),
         };
         Times {

@@ -143,7 +143,7 @@ pub fn if_due(row: &Row) -> Option<()> {
     if_ready(row).filter(|_| time <= clock_timestamp())
 }
 
-/// What `delayed_until` is of a job that is not for later: the epoch.
+/// `delayed_until` of what is ready at once: the time 'epoch'.
 pub fn not_delayed() -> TimestampWithTimeZone {
     pgrx::datum::to_timestamp(0.0)
 }

@@ -4,14 +4,16 @@ use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
 use super::hold::{self, Held, Wait};
-use super::state::{self, Lease};
+use super::state::{self, Lease, column};
 use crate::error::Error;
 use crate::jsonb::Jsonb;
 use crate::lock::{Locks, Mode, Tag};
+use crate::lookup::{Lookup, Walk};
 use crate::sequence;
-use crate::snapshot;
+use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Rows, Spi};
 use crate::wakeup::{self, Event};
+use crate::write::Updater;
 
 pub struct Request<'a> {
     pub name: &'a str,
@@ -128,7 +130,9 @@ fn take_over(spi: &Spi, request: &Request) -> Result<Attempt, Error> {
         return Ok(Attempt::Refused);
     }
     // Skips a row that is being deleted, or that somebody locked by hand.
-    let previous = state::lock_if_free(request.name, |lease| lease.open).map(|lease| lease.token);
+    let leases = Lookup::to_write(state::TABLE, At::Latest);
+    let mut row = state::walk(&leases, request.name);
+    let previous = state::lock_next(&mut row, |lease| lease.open);
     if previous.is_none()
         && let Some(lease) = state::read(request.name)
     {
@@ -139,7 +143,13 @@ fn take_over(spi: &Spi, request: &Request) -> Result<Attempt, Error> {
             Attempt::Moved
         });
     }
-    hand_out(spi, request, previous, None).map(Attempt::Acquired)
+    let previous_token = previous.as_ref().map(|lease| lease.token);
+    let grant = Grant::new(request, previous_token, None)?;
+    let is_written = previous.is_some_and(|lease| grant.write_over(&leases, &row, &lease));
+    if !is_written {
+        grant.write(spi);
+    }
+    Ok(Attempt::Acquired(grant.done()))
 }
 
 /// Takes the lease from whoever holds it. Waits, obeying lock_timeout, for its guards.
@@ -155,7 +165,9 @@ pub fn steal(request: &Request, reason: &str) -> Result<Answer, Error> {
         from: rows.get(0, 2),
         reason,
     };
-    hand_out(&spi, request, rows.get(0, 1), Some(theft))
+    let grant = Grant::new(request, rows.get(0, 1), Some(theft))?;
+    grant.write(&spi);
+    Ok(grant.done())
 }
 
 /// Takes the lock alone. Not by standing in its queue, at first: the holder's renewals would queue behind.
@@ -178,44 +190,112 @@ struct Theft<'a> {
     reason: &'a str,
 }
 
-/// Writes the new holder with a new token. The caller has the lease's lock alone and, where there is one, the row's.
-fn hand_out(
-    spi: &Spi,
-    request: &Request,
-    previous: Option<i64>,
-    theft: Option<Theft>,
-) -> Result<Answer, Error> {
-    static UPSERT: Plan = Plan::new(
-        "INSERT INTO lockstep.leases AS l
-             (name, holder, token, acquired_at, renewed_at, expires_at, ttl, transitions, metadata, min_hold_until, lock_delay,
-              stolen_from, steal_reason)
-         VALUES ($1, $2, $3, $4, $4, $4 + $5, $5, 0, $6, CASE WHEN $7 > interval '0' THEN $4 + $7 END, $8, $9, $10)
-         ON CONFLICT (name) DO UPDATE
-         SET holder = EXCLUDED.holder, token = EXCLUDED.token, acquired_at = EXCLUDED.acquired_at,
-             renewed_at = EXCLUDED.renewed_at, expires_at = EXCLUDED.expires_at, ttl = EXCLUDED.ttl,
-             transitions = l.transitions + 1, metadata = EXCLUDED.metadata, min_hold_until = EXCLUDED.min_hold_until,
-             lock_delay = EXCLUDED.lock_delay, stolen_from = EXCLUDED.stolen_from, steal_reason = EXCLUDED.steal_reason
-         RETURNING l.token, l.holder, l.expires_at, l.renewed_at + l.ttl / 2",
-    );
-    let token = sequence::TOKEN.next();
-    sequence::require_above(token, previous.unwrap_or(0))?;
-    let (from, reason) = theft.map_or((None, None), |theft| (theft.from, Some(theft.reason)));
-    let args = [
-        Arg::from(request.name),
-        Arg::from(request.holder),
-        Arg::from(token),
-        Arg::from(clock_timestamp()),
-        Arg::from(request.ttl),
-        Arg::from(request.metadata),
-        Arg::from(request.min_hold),
-        Arg::from(request.lock_delay),
-        Arg::from(from),
-        Arg::from(reason),
-    ];
-    let answer = Answer::acquired(&spi.write_latest(&UPSERT, &args));
-    // Else a crash could lose the sequence's value with the commit, and hand the token out again.
-    snapshot::force_synchronous_commit();
-    // If it is rolled back, the lease is open again.
-    wakeup::announce(&Event::Lease { name: request.name });
-    Ok(answer)
+/// The lease, handed out to a new holder with a new token. Who writes it has the lease's lock alone and, where there is one, the
+/// row's.
+struct Grant<'a> {
+    request: &'a Request<'a>,
+    token: i64,
+    now: TimestampWithTimeZone,
+    expires_at: TimestampWithTimeZone,
+    min_hold_until: Option<TimestampWithTimeZone>,
+    theft: Option<Theft<'a>>,
+}
+
+impl<'a> Grant<'a> {
+    fn new(
+        request: &'a Request<'a>,
+        previous_token: Option<i64>,
+        theft: Option<Theft<'a>>,
+    ) -> Result<Self, Error> {
+        let token = sequence::TOKEN.next();
+        sequence::require_above(token, previous_token.unwrap_or(0))?;
+        let now = clock_timestamp();
+        let has_min_hold = request.min_hold > Interval::from_micros(0);
+        Ok(Grant {
+            request,
+            token,
+            now,
+            expires_at: now + request.ttl,
+            min_hold_until: has_min_hold.then(|| now + request.min_hold),
+            theft,
+        })
+    }
+
+    fn stolen_from(&self) -> Option<&str> {
+        self.theft.as_ref()?.from.as_deref()
+    }
+
+    fn steal_reason(&self) -> Option<&str> {
+        self.theft.as_ref().map(|theft| theft.reason)
+    }
+
+    /// Over the row that this transaction has locked. False: a statement must do it.
+    fn write_over(&self, leases: &Lookup, row: &Walk, previous: &Lease) -> bool {
+        let Some(mut updater) = Updater::of(leases) else {
+            return false;
+        };
+        let now = self.now.into_datum();
+        updater.change(
+            row,
+            &[
+                (column::HOLDER, self.request.holder.into_datum()),
+                (column::TOKEN, self.token.into_datum()),
+                (column::ACQUIRED_AT, now),
+                (column::RENEWED_AT, now),
+                (column::EXPIRES_AT, self.expires_at.into_datum()),
+                (column::TTL, self.request.ttl.into_datum()),
+                (column::TRANSITIONS, (previous.transitions + 1).into_datum()),
+                (column::METADATA, self.request.metadata.into_datum()),
+                (column::MIN_HOLD_UNTIL, self.min_hold_until.into_datum()),
+                (column::LOCK_DELAY, self.request.lock_delay.into_datum()),
+                (column::STOLEN_FROM, self.stolen_from().into_datum()),
+                (column::STEAL_REASON, self.steal_reason().into_datum()),
+            ],
+        );
+        true
+    }
+
+    fn write(&self, spi: &Spi) {
+        static UPSERT: Plan = Plan::new(
+            "INSERT INTO lockstep.leases AS l
+                 (name, holder, token, acquired_at, renewed_at, expires_at, ttl, transitions, metadata, min_hold_until, lock_delay,
+                  stolen_from, steal_reason)
+             VALUES ($1, $2, $3, $4, $4, $5, $6, 0, $7, $8, $9, $10, $11)
+             ON CONFLICT (name) DO UPDATE
+             SET holder = EXCLUDED.holder, token = EXCLUDED.token, acquired_at = EXCLUDED.acquired_at,
+                 renewed_at = EXCLUDED.renewed_at, expires_at = EXCLUDED.expires_at, ttl = EXCLUDED.ttl,
+                 transitions = l.transitions + 1, metadata = EXCLUDED.metadata, min_hold_until = EXCLUDED.min_hold_until,
+                 lock_delay = EXCLUDED.lock_delay, stolen_from = EXCLUDED.stolen_from, steal_reason = EXCLUDED.steal_reason",
+        );
+        let args = [
+            Arg::from(self.request.name),
+            Arg::from(self.request.holder),
+            Arg::from(self.token),
+            Arg::from(self.now),
+            Arg::from(self.expires_at),
+            Arg::from(self.request.ttl),
+            Arg::from(self.request.metadata),
+            Arg::from(self.min_hold_until),
+            Arg::from(self.request.lock_delay),
+            Arg::from(self.stolen_from()),
+            Arg::from(self.steal_reason()),
+        ];
+        spi.write_latest(&UPSERT, &args);
+    }
+
+    fn done(self) -> Answer {
+        // Else a crash could lose the sequence's value with the commit, and hand the token out again.
+        snapshot::force_synchronous_commit();
+        // If it is rolled back, the lease is open again.
+        wakeup::announce(&Event::Lease {
+            name: self.request.name,
+        });
+        Answer {
+            acquired: true,
+            token: Some(self.token),
+            held_by: Some(self.request.holder.to_owned()),
+            expires_at: Some(self.expires_at),
+            renew_before: Some(self.now + self.request.ttl / 2.0),
+        }
+    }
 }

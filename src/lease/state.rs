@@ -12,6 +12,7 @@ pub struct Lease {
     pub token: i64,
     pub expires_at: TimestampWithTimeZone,
     pub ttl: Interval,
+    pub transitions: i64,
     /// Held, and not expired.
     pub live: bool,
     /// When it opens, if nobody holds it; None if it is not closed at all. `lock_delay` counts from an expiry and not after a
@@ -27,12 +28,16 @@ pub const TABLE: &std::ffi::CStr = c"leases";
 pub mod column {
     pub const HOLDER: i16 = 2;
     pub const TOKEN: i16 = 3;
+    pub const ACQUIRED_AT: i16 = 4;
     pub const RENEWED_AT: i16 = 5;
     pub const EXPIRES_AT: i16 = 6;
     pub const TTL: i16 = 7;
+    pub const TRANSITIONS: i16 = 8;
     pub const METADATA: i16 = 9;
     pub const MIN_HOLD_UNTIL: i16 = 10;
     pub const LOCK_DELAY: i16 = 11;
+    pub const STOLEN_FROM: i16 = 12;
+    pub const STEAL_REASON: i16 = 13;
 }
 
 /// The walk that finds it by its name.
@@ -71,6 +76,7 @@ impl Lease {
             open: opens_at.is_none_or(|opens_at| opens_at <= now),
             token: row.get(column::TOKEN)?,
             ttl: row.get(column::TTL)?,
+            transitions: row.get(column::TRANSITIONS)?,
             holder,
             expires_at,
             opens_at,
