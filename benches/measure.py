@@ -65,7 +65,7 @@ class Goal:
 class Summary:
     """What is reported of one system in one cell."""
 
-    state: str  # "measured" | "lost" | "invalid" | "error" | "none" (no round was made)
+    state: str  # "measured" | "lost" | "invalid" | "unfinished" (fewer rounds than wanted) | "error" | "none" (no round was made)
     rounds: int  # valid ones
     ratio: float | None = None
     least: float | None = None
@@ -95,7 +95,7 @@ def summarize(attempts, wanted, errors=0):
     if not attempts:
         return Summary("error" if errors else "none", 0)
     if len(valid) < min(wanted, LEAST_ROUNDS):
-        return Summary("invalid", len(valid), doubled=doubled, failed=failed)
+        return Summary("invalid" if len(attempts) >= wanted else "unfinished", len(valid), doubled=doubled, failed=failed)
     ratios = [attempt.ratio for attempt in valid]
     return Summary(
         "measured", len(valid), statistics.median(ratios), min(ratios), max(ratios),

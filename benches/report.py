@@ -1,5 +1,6 @@
 """The results as JSON, as Markdown, and as the README's paragraph."""
 
+import hashlib
 import json
 import os
 import platform
@@ -25,12 +26,12 @@ def default_place():
 
 def facts(servers, bench, rounds, seed, said, arguments):
     """What somebody needs to judge the figures, or to get them again."""
-    git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
     settings = "SELECT name, setting || coalesce(unit, '') FROM pg_settings WHERE source = 'configuration file' AND name NOT LIKE 'unix_socket%' ORDER BY 1"
     return {
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "source": source(),
         "plan": said,
         "seed": seed,
         "window": bench.window,
@@ -43,6 +44,47 @@ def facts(servers, bench, rounds, seed, said, arguments):
         "versions": {name: place.value("postgres", "SELECT version()") for name, place in servers.items()} | libraries(),
         "settings": {name: dict(place.execute("postgres", settings)) for name, place in servers.items()},
     }
+
+
+def git(*words):
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+
+def source():
+    """Changes with everything that a figure depends on."""
+    files = git("ls-files", "--stage", "src", "sql", "Cargo.toml", "Cargo.lock", "benches", ":!benches/results.json")
+    return hashlib.sha256(files.encode()).hexdigest()[:16]
+
+
+def cannot_continue(before, servers):
+    """Why what is measured now cannot stand beside these results; None if it can."""
+    versions = {name: place.value("postgres", "SELECT version()") for name, place in servers.items()}
+    if before["changed"] or git("status", "--porcelain", "--untracked-files=no", ":!benches/results.json"):
+        return "there are, or were, local changes"
+    if before["source"] != source():
+        return "they are of another source"
+    if any(before["machine"][what] != machine()[what] for what in ("processor", "cores")):
+        return "they are of another machine"
+    if any(before["versions"].get(name) != version for name, version in versions.items()):
+        return "they are of other versions of PostgreSQL"
+    return None
+
+
+def attempts(document):
+    """The document's attempts by cell and system."""
+    return {
+        (f"{cell['topic']}: {cell['variant']}", cell["system"]): [from_json(attempt) for attempt in cell["attempts"]] for cell in document["cells"]
+    }
+
+
+def joined(before, document):
+    """What was measured before, and now; a cell that was measured in both has its attempts of before already."""
+    key = lambda cell: (cell["topic"], cell["variant"], cell["system"])  # noqa: E731
+    new = {key(cell): cell for cell in document["cells"]}
+    old = {key(cell) for cell in before["cells"]}
+    cells = [new.get(key(cell), cell) for cell in before["cells"]] + [cell for cell in document["cells"] if key(cell) not in old]
+    facts = {name: value for name, value in before.items() if name not in ("cells", "earlier")}
+    return document | {"earlier": [*before.get("earlier", []), facts], "cells": cells}
 
 
 def machine():
@@ -153,10 +195,12 @@ def provenance(document):
     machine, versions = document["machine"], document["versions"]
     cells = len({(cell["topic"], cell["variant"]) for cell in document["cells"]})
     postgres = ", ".join(sorted({re.match(r"PostgreSQL [\d.]+", version)[0] for name, version in versions.items() if version.startswith("PostgreSQL")}))
+    runs = [*document.get("earlier", []), document]
+    dates = " and ".join(sorted({run["begun"][:10] for run in runs}))
     text = (
-        f"Measured on {document['begun'][:10]} at commit {document['commit'][:10]}{' with local changes' if document['changed'] else ''}, with {postgres}, on "
+        f"Measured on {dates} at commit {document['commit'][:10]}{' with local changes' if document['changed'] else ''}, with {postgres}, on "
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB: {cells} cells, {document['rounds']} rounds, windows of {document['window']:g} s, "
-        f"{document['minutes']:g} minutes, seed {document['seed']}."
+        f"{' and '.join(format(run['minutes'], 'g') for run in runs)} minutes, seed {' and '.join(str(run['seed']) for run in runs)}."
     )
     if document["rounds"] < 5:
         text += " **Fewer than 5 rounds: a trial run, of which no figure says anything.**"

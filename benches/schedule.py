@@ -83,26 +83,35 @@ def plan(cells, minutes, window, is_core=lambda cell: True):
     return chosen, rounds, shorter, said
 
 
-def order(cells, rounds, seed):
+def lacks(cell, earlier, rounds):
+    """How many rounds a cell is to be measured yet."""
+    made = [Result(cell, subject, earlier.get((cell.name, subject.system), [])) for subject in cell.subjects]
+    return max((0 if _has_lost(result) else max(0, rounds - _valid(result)) for result in made), default=rounds)
+
+
+def order(cells, rounds, seed, earlier=None):
     """All pairs of round and cell, shuffled."""
-    pairs = [(number, cell) for cell in cells for number in range(1, rounds + 1)]
+    pairs = [(number, cell) for cell in cells for number in range(rounds - lacks(cell, earlier or {}, rounds) + 1, rounds + 1)]
     random.Random(seed).shuffle(pairs)
     return pairs
 
 
-def run(cells, rounds, seed, deadline, say=lambda text: print(text, file=sys.stderr, flush=True)):
-    """Measures; returns a Result for each system in each cell. Stops at the deadline, or when it is interrupted, and keeps what it has."""
-    results = {(cell.name, subject.system): Result(cell, subject) for cell in cells for subject in cell.subjects}
+def run(cells, rounds, seed, deadline, earlier=None, say=lambda text: print(text, file=sys.stderr, flush=True)):
+    """Measures; returns a Result for each system in each cell. Stops at the deadline, or when it is interrupted, and keeps what it has.
+    `earlier`: attempts by cell and system that were made before."""
+    earlier = earlier or {}
+    keys = [(cell, subject, (cell.name, subject.system)) for cell in cells for subject in cell.subjects]
+    results = {key: Result(cell, subject, list(earlier.get(key, []))) for cell, subject, key in keys}
     dice = random.Random(seed)
     try:
-        if _all_rounds(results, order(cells, rounds, seed), dice, deadline, say):
+        if _all_rounds(results, order(cells, rounds, seed, earlier), rounds, dice, deadline, say):
             _again(results, rounds, dice, deadline, say)
     except KeyboardInterrupt:
         say("==> Interrupted: what was measured is kept")
     return list(results.values())
 
 
-def _all_rounds(results, pairs, dice, deadline, say):
+def _all_rounds(results, pairs, rounds, dice, deadline, say):
     """Tells whether there was time for all pairs."""
     for number, (round_number, cell) in enumerate(pairs, 1):
         if time.monotonic() > deadline:
@@ -113,7 +122,7 @@ def _all_rounds(results, pairs, dice, deadline, say):
         dice.shuffle(subjects)
         before = None
         for subject in subjects:
-            if _has_lost(results[cell.name, subject.system]):
+            if not _wants_more(results[cell.name, subject.system], rounds):
                 continue
             before = _attempt(results[cell.name, subject.system], round_number, before, say)
     return True
@@ -137,8 +146,12 @@ def _has_lost(result):
     return any(attempt.subject.lost for attempt in result.attempts)
 
 
+def _valid(result):
+    return sum(attempt.valid for attempt in result.attempts)
+
+
 def _wants_more(result, rounds):
-    return not _has_lost(result) and sum(attempt.valid for attempt in result.attempts) < rounds
+    return not _has_lost(result) and _valid(result) < rounds
 
 
 def _attempt(result, round_number, before, say):

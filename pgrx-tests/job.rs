@@ -53,6 +53,41 @@ mod tests {
     }
 
     #[pg_test]
+    fn what_others_have_put_on_the_jobs_sees_claims_and_completions() {
+        enqueue_new("'q', 'k', 'a'");
+        enqueue_new("'q', NULL, 'b'");
+        run("CREATE TABLE public.seen (what text);
+             CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 INSERT INTO public.seen VALUES (TG_OP || ' ' || TG_LEVEL);
+                 RETURN coalesce(NEW, OLD);
+             END $$;
+             CREATE TRIGGER a BEFORE UPDATE OR DELETE ON lockstep.jobs FOR EACH ROW EXECUTE FUNCTION public.note();
+             CREATE TRIGGER b AFTER UPDATE OR DELETE ON lockstep.jobs FOR EACH STATEMENT EXECUTE FUNCTION public.note()");
+        assert_eq!(claim("2"), "a,b");
+        assert_eq!(acknowledge("job_complete", "a", ""), "completed");
+        assert_eq!(
+            list("SELECT what FROM public.seen"),
+            "UPDATE ROW,UPDATE ROW,UPDATE STATEMENT,DELETE ROW,DELETE STATEMENT"
+        );
+    }
+
+    #[pg_test]
+    fn what_is_claimed_is_given_as_it_stands_in_the_table() {
+        run("ALTER TABLE lockstep.jobs ADD note text DEFAULT 'n'");
+        let payload = "('{\"text\": \"' || repeat('long ', 5000) || '\"}')::jsonb";
+        enqueue_new(&format!("'q', 'k', 'a', {payload}"));
+        enqueue_new("'q', NULL, 'b'");
+        run("CREATE TEMP TABLE given AS SELECT * FROM lockstep.job_claim('q', 'w', 2)");
+        assert_eq!(
+            list(
+                "SELECT count(*) FROM given AS g JOIN lockstep.jobs AS j USING (job_id) WHERE to_jsonb(g) = to_jsonb(j)"
+            ),
+            "2"
+        );
+    }
+
+    #[pg_test]
     fn enqueueing_while_a_twin_is_in_progress_makes_a_second_job() {
         enqueue_new("'q', 'k', 'a'");
         assert_eq!(claim("1"), "a");

@@ -53,6 +53,36 @@ mod tests {
     }
 
     #[pg_test]
+    fn what_others_have_put_on_the_leases_sees_every_change() {
+        let first = token("a");
+        run("CREATE TABLE public.seen (what text);
+             CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 INSERT INTO public.seen VALUES (TG_LEVEL || ' ' || (SELECT holder IS NULL FROM lockstep.leases));
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER a BEFORE UPDATE ON lockstep.leases FOR EACH ROW EXECUTE FUNCTION public.note();
+             CREATE TRIGGER b AFTER UPDATE ON lockstep.leases FOR EACH STATEMENT EXECUTE FUNCTION public.note()");
+        assert_eq!(renew(first), "renewed");
+        assert!(release(first));
+        assert!(token("b") > first);
+        assert_eq!(
+            list("SELECT what FROM public.seen"),
+            "ROW false,STATEMENT false,ROW false,STATEMENT true,ROW true,STATEMENT false"
+        );
+    }
+
+    #[pg_test]
+    fn a_change_keeps_what_others_have_added_to_the_leases() {
+        let first = token("a");
+        run("ALTER TABLE lockstep.leases ADD note text;
+             UPDATE lockstep.leases SET note = repeat('x', 10000)");
+        assert_eq!(renew(first), "renewed");
+        assert!(release(first));
+        assert_eq!(list("SELECT length(note) FROM lockstep.leases"), "10000");
+    }
+
+    #[pg_test]
     fn another_is_refused_and_told_by_whom_until_when_but_no_token() {
         token("a");
         assert_eq!(

@@ -54,6 +54,7 @@ def test_a_cell_without_five_valid_rounds_is_invalid():
     valid, drifted = attempt(100, 100, 100), attempt(50, 100, 150)
     assert summarize([valid] * 5 + [drifted], 6).state == "measured"
     assert summarize([valid] * 4 + [drifted] * 6, 5).state == "invalid"
+    assert summarize([valid] * 4, 5).state == "unfinished"
     assert summarize([valid] * 2, 2).state == "measured"  # as many as were wanted
 
 
@@ -175,6 +176,51 @@ def test_what_was_measured_is_kept_when_the_time_is_over_or_somebody_interrupts(
     steady.subjects.append(schedule.Subject("interrupted", interrupt))
     results = schedule.run([steady], 5, seed=1, deadline=float("inf"), say=lambda text: None)
     assert len(results) == 2
+
+
+def test_a_run_that_is_continued_measures_what_is_missing():
+    cell, made = fake_cell("a", [100], one=[100], two=[100], three=[100])
+    valid, drifted, lost = attempt(100, 100, 100), attempt(50, 100, 150), attempt(100, 100, 100, lost=1)
+    earlier = {(cell.name, "one"): [valid] * 5, (cell.name, "two"): [valid, drifted, valid, valid], (cell.name, "three"): [lost]}
+    assert schedule.lacks(cell, earlier, 5) == 2
+    results = schedule.run([cell], 5, seed=1, deadline=float("inf"), earlier=earlier, say=lambda text: None)
+    assert (made.count("one"), made.count("two"), made.count("three")) == (0, 2, 0)
+    assert [(result.subject.system, len(result.attempts)) for result in results] == [("one", 5), ("two", 6), ("three", 1)]
+    assert earlier[cell.name, "two"] == [valid, drifted, valid, valid]
+    now = {(cell.name, result.subject.system): result.attempts for result in results}
+    assert schedule.lacks(cell, now, 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, None),
+        ({"source": "of another commit"}, "another source"),
+        ({"changed": True}, "local changes"),
+        ({"machine": {"processor": "a", "cores": 4}}, "another machine"),
+        ({"versions": {"plain": "PostgreSQL 18.5"}}, "other versions"),
+    ],
+)
+def test_results_are_continued_only_by_what_can_stand_beside_them(monkeypatch, changed, words):
+    monkeypatch.setattr(report, "git", lambda *words: "")
+    monkeypatch.setattr(report, "source", lambda: "of this commit")
+    monkeypatch.setattr(report, "machine", lambda: {"processor": "a", "cores": 2, "load_before": 0.1})
+    before = {"source": "of this commit", "changed": False, "machine": {"processor": "a", "cores": 2}, "versions": {"plain": "PostgreSQL 18.6"}}
+    why = report.cannot_continue(before | changed, {"plain": SimpleNamespace(value=lambda *query: "PostgreSQL 18.6")})
+    assert (why is None) if words is None else (words in why)
+
+
+def test_joined_results_have_each_cell_once_and_name_both_runs():
+    def cell(variant, attempts):
+        return {"topic": "t", "variant": variant, "system": "lockstep", "attempts": [as_json(attempt(100, 100, 100))] * attempts}
+
+    before = {"seed": 1, "cells": [cell("a", 5), cell("b", 2)]}
+    after = {"seed": 2, "cells": [cell("b", 5), cell("c", 1)]}
+    joined = report.joined(before, after)
+    assert [(one["variant"], len(one["attempts"])) for one in joined["cells"]] == [("a", 5), ("b", 5), ("c", 1)]
+    assert (joined["seed"], joined["earlier"]) == (2, [{"seed": 1}])
+    assert report.joined(joined, {"seed": 3, "cells": []})["earlier"] == [{"seed": 1}, {"seed": 2}]
+    assert len(report.attempts(joined)["t: b", "lockstep"]) == 5
 
 
 def test_the_cells_and_the_rounds_follow_from_the_time():

@@ -261,6 +261,21 @@ def test_the_extension_can_be_dropped_and_created_again_in_one_session(db):
         session.execute("CREATE EXTENSION lockstep")
 
 
+def test_another_session_may_drop_the_extension_and_create_it_again(db):
+    """What a session knows of the tables is true until PostgreSQL says otherwise, also in a transaction that is open."""
+    session, other = db.connect(), db.connect()
+    for begin, end in (("", ""), ("BEGIN", "COMMIT")):
+        session.execute("SELECT lockstep.lease_acquire('l', 'h'), lockstep.job_enqueue('q', 'k', 'a')")
+        session.execute("SELECT lockstep.job_complete(job_id, token) FROM lockstep.job_claim('q', 'w')")
+        push(session)
+        session.execute(begin)
+        other.execute("DROP EXTENSION lockstep; CREATE EXTENSION lockstep")
+        assert push(session) == 1
+        assert session.execute("SELECT count(*) FROM lockstep.job_claim('q', 'w')").fetchone() == (0,)
+        assert session.execute("SELECT status FROM lockstep.lease_renew('l', 1)").fetchone() == ("unknown",)
+        session.execute(end)
+
+
 def test_serializable_pushes_to_different_aggregates_do_not_abort_each_other(db):
     """A look at the end of the log in each push would: every other push of the tenant inserts there."""
     admin = db.connect()
