@@ -50,16 +50,20 @@ def git(*words):
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
 
+# What only shows figures, and what a run leaves.
+NOT_MEASURED = [f":!benches/{name}" for name in ("report.py", "charts.py", "results.json", "results.md")]
+
+
 def source():
     """Changes with everything that a figure depends on."""
-    files = git("ls-files", "--stage", "src", "sql", "Cargo.toml", "Cargo.lock", "benches", ":!benches/results.json")
+    files = git("ls-files", "--stage", "src", "sql", "Cargo.toml", "Cargo.lock", "benches", *NOT_MEASURED)
     return hashlib.sha256(files.encode()).hexdigest()[:16]
 
 
 def cannot_continue(before, servers):
     """Why what is measured now cannot stand beside these results; None if it can."""
     versions = {name: place.value("postgres", "SELECT version()") for name, place in servers.items()}
-    if before["changed"] or git("status", "--porcelain", "--untracked-files=no", ":!benches/results.json"):
+    if before["changed"] or git("status", "--porcelain", "--untracked-files=no", "src", "sql", "benches", *NOT_MEASURED):
         return "there are, or were, local changes"
     if before["source"] != source():
         return "they are of another source"
@@ -210,7 +214,11 @@ def provenance(document):
 def paragraph(document):
     topics = {cell["topic"] for cell in document["cells"]}
     charts = "\n".join(f"![{topic}](docs/img/{file_name(topic)})" for topic in IN_README if topic in topics)
-    return f"{BEGIN}{provenance(document)}\n\n{charts}\n{END}"
+    return f"{BEGIN}{provenance(document)} All figures: [benches/results.md](benches/results.md).\n\n{charts}\n{END}"
+
+
+def write_table(document, path):
+    path.write_text(f"# What was measured last\n\n[docs/benchmarks.md](../docs/benchmarks.md) says what each cell is. {markdown(document)}\n")
 
 
 def write_paragraph(document, path):

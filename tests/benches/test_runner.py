@@ -402,6 +402,9 @@ def test_the_readme_shows_the_charts_of_the_committed_results(tmp_path):
         return
     document = report.load(results)
     assert report.paragraph(document) in readme
+    report.write_table(document, tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "benches" / "results.md").read_text()
+    (tmp_path / "results.md").unlink()
     charts.draw(document, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "img").glob("*.svg")}
     for path in tmp_path.iterdir():
