@@ -60,7 +60,7 @@ def chart(topic, rows, colour, caption):
     least, greatest = axes.get_xlim()
     axes.set_xlim(min(least, 0.4), max(greatest, 2.5))
     better = "less" if rows[0][0]["less_is_better"] else "more"
-    axes.set_xlabel(f"ratio to the control, median and range ({better} is better)")
+    axes.set_xlabel(f"ratio to the control, median and range\n({better} is better)")
     axes.set_title(topic, loc="left", fontweight="bold")
     shown = list(dict.fromkeys(cell["system"] for cell, *_ in rows))
     handles = [pyplot.Line2D([], [], color=colour[name], marker="o", linestyle="", label=name) for name in sorted(shown, key=list(colour).index)]

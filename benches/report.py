@@ -69,7 +69,7 @@ def cannot_continue(before, servers):
         return "they are of another source"
     if any(before["machine"][what] != machine()[what] for what in ("processor", "cores")):
         return "they are of another machine"
-    if any(before["versions"].get(name) != version for name, version in versions.items()):
+    if any(before["versions"].get(name, version) != version for name, version in versions.items()):
         return "they are of other versions of PostgreSQL"
     return None
 
@@ -88,7 +88,8 @@ def joined(before, document):
     old = {key(cell) for cell in before["cells"]}
     cells = [new.get(key(cell), cell) for cell in before["cells"]] + [cell for cell in document["cells"] if key(cell) not in old]
     facts = {name: value for name, value in before.items() if name not in ("cells", "earlier")}
-    return document | {"earlier": [*before.get("earlier", []), facts], "cells": cells}
+    versions = before["versions"] | document["versions"]
+    return document | {"versions": versions, "earlier": [*before.get("earlier", []), facts], "cells": cells}
 
 
 def machine():

@@ -199,6 +199,7 @@ def test_a_run_that_is_continued_measures_what_is_missing():
         ({"changed": True}, "local changes"),
         ({"machine": {"processor": "a", "cores": 4}}, "another machine"),
         ({"versions": {"plain": "PostgreSQL 18.5"}}, "other versions"),
+        ({"versions": {}}, None),
     ],
 )
 def test_results_are_continued_only_by_what_can_stand_beside_them(monkeypatch, changed, words):
@@ -214,12 +215,14 @@ def test_joined_results_have_each_cell_once_and_name_both_runs():
     def cell(variant, attempts):
         return {"topic": "t", "variant": variant, "system": "lockstep", "attempts": [as_json(attempt(100, 100, 100))] * attempts}
 
-    before = {"seed": 1, "cells": [cell("a", 5), cell("b", 2)]}
-    after = {"seed": 2, "cells": [cell("b", 5), cell("c", 1)]}
+    before = {"seed": 1, "versions": {"plain": "18"}, "cells": [cell("a", 5), cell("b", 2)]}
+    after = {"seed": 2, "versions": {"old": "15"}, "cells": [cell("b", 5), cell("c", 1)]}
     joined = report.joined(before, after)
     assert [(one["variant"], len(one["attempts"])) for one in joined["cells"]] == [("a", 5), ("b", 5), ("c", 1)]
-    assert (joined["seed"], joined["earlier"]) == (2, [{"seed": 1}])
-    assert report.joined(joined, {"seed": 3, "cells": []})["earlier"] == [{"seed": 1}, {"seed": 2}]
+    assert (joined["seed"], [run["seed"] for run in joined["earlier"]]) == (2, [1])
+    assert joined["versions"] == {"plain": "18", "old": "15"}
+    again = report.joined(joined, {"seed": 3, "versions": {}, "cells": []})
+    assert [run["seed"] for run in again["earlier"]] == [1, 2]
     assert len(report.attempts(joined)["t: b", "lockstep"]) == 5
 
 
