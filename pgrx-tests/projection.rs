@@ -54,6 +54,51 @@ mod tests {
     }
 
     #[pg_test]
+    fn what_others_have_put_on_the_cursors_sees_every_change() {
+        push("a", 3);
+        run("SELECT lockstep.projection_create('p', batch_size => 1)");
+        run("CREATE TABLE public.seen (what text);
+             CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 INSERT INTO public.seen
+                 VALUES (TG_LEVEL || ' ' || TG_OP || ' ' || (SELECT count(*) FROM lockstep.projection_cursors));
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER a BEFORE UPDATE ON lockstep.projection_cursors FOR EACH ROW EXECUTE FUNCTION public.note();
+             CREATE TRIGGER b AFTER INSERT ON lockstep.projection_cursors FOR EACH STATEMENT EXECUTE FUNCTION public.note()");
+        for _ in 0..3 {
+            claim("");
+            advance();
+        }
+        assert_eq!(
+            list("SELECT what FROM public.seen"),
+            "STATEMENT INSERT 1,ROW UPDATE 1,STATEMENT INSERT 1,ROW UPDATE 1,STATEMENT INSERT 1"
+        );
+        assert_eq!(claim(""), "");
+    }
+
+    #[pg_test]
+    fn an_advance_keeps_what_others_have_added_to_the_cursors() {
+        push("a", 3);
+        run("SELECT lockstep.projection_create('p', batch_size => 1)");
+        claim("");
+        advance();
+        run(
+            "ALTER TABLE lockstep.projection_cursors ADD note text, ADD moved int DEFAULT 7;
+             UPDATE lockstep.projection_cursors SET note = repeat('x', 10000)",
+        );
+        for _ in 0..2 {
+            claim("");
+            advance();
+        }
+        assert_eq!(
+            list("SELECT format('%s %s', length(note), moved) FROM lockstep.projection_cursors"),
+            "10000 7"
+        );
+        assert_eq!(claim(""), "");
+    }
+
+    #[pg_test]
     fn max_events_and_max_position_bound_a_claim() {
         push("a", 5);
         run("SELECT lockstep.projection_create('p', batch_size => 4)");

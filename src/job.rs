@@ -39,6 +39,7 @@ mod queue;
 mod row;
 mod search;
 mod statistics;
+mod turn;
 mod wait;
 
 use pgrx::datum::Interval;

@@ -36,6 +36,7 @@ pub struct Key<'a> {
 pub trait Value: IntoDatum {
     const EQUAL: u32;
     const ABOVE: u32;
+    const BELOW: u32;
     const AT_MOST: u32;
     const COLLATION: pg_sys::Oid = pg_sys::InvalidOid;
 }
@@ -43,6 +44,7 @@ pub trait Value: IntoDatum {
 impl Value for &str {
     const EQUAL: u32 = pg_sys::F_TEXTEQ;
     const ABOVE: u32 = pg_sys::F_TEXT_GT;
+    const BELOW: u32 = pg_sys::F_TEXT_LT;
     const AT_MOST: u32 = pg_sys::F_TEXT_LE;
     const COLLATION: pg_sys::Oid = pg_sys::DEFAULT_COLLATION_OID;
 }
@@ -50,24 +52,28 @@ impl Value for &str {
 impl Value for i64 {
     const EQUAL: u32 = pg_sys::F_INT8EQ;
     const ABOVE: u32 = pg_sys::F_INT8GT;
+    const BELOW: u32 = pg_sys::F_INT8LT;
     const AT_MOST: u32 = pg_sys::F_INT8LE;
 }
 
 impl Value for bool {
     const EQUAL: u32 = pg_sys::F_BOOLEQ;
     const ABOVE: u32 = pg_sys::F_BOOLGT;
+    const BELOW: u32 = pg_sys::F_BOOLLT;
     const AT_MOST: u32 = pg_sys::F_BOOLLE;
 }
 
 impl Value for pgrx::datum::TimestampWithTimeZone {
     const EQUAL: u32 = pg_sys::F_TIMESTAMPTZ_EQ;
     const ABOVE: u32 = pg_sys::F_TIMESTAMPTZ_GT;
+    const BELOW: u32 = pg_sys::F_TIMESTAMPTZ_LT;
     const AT_MOST: u32 = pg_sys::F_TIMESTAMPTZ_LE;
 }
 
 impl Value for Position {
     const EQUAL: u32 = pg_sys::F_NUMERIC_EQ;
     const ABOVE: u32 = pg_sys::F_NUMERIC_GT;
+    const BELOW: u32 = pg_sys::F_NUMERIC_LT;
     const AT_MOST: u32 = pg_sys::F_NUMERIC_LE;
 }
 
@@ -79,6 +85,10 @@ impl<'a> Key<'a> {
 
     pub fn above<T: Value + 'a>(column: i16, value: T) -> Self {
         Key::new(column, pg_sys::BTGreaterStrategyNumber, T::ABOVE, value)
+    }
+
+    pub fn below<T: Value + 'a>(column: i16, value: T) -> Self {
+        Key::new(column, pg_sys::BTLessStrategyNumber, T::BELOW, value)
     }
 
     pub fn at_most<T: Value + 'a>(column: i16, value: T) -> Self {
@@ -130,6 +140,19 @@ impl Lookup {
                 table: pg_sys::table_open(catalog::relation(table), lock as pg_sys::LOCKMODE),
                 snapshot: pg_sys::RegisterSnapshot(at.take()),
                 index_lock,
+            }
+        }
+    }
+
+    /// Another table, as the same snapshot shows it.
+    pub fn with_table(&self, table: &'static CStr) -> Self {
+        let lock = pg_sys::AccessShareLock;
+        // SAFETY: as in `open`; a registered snapshot may be registered again.
+        unsafe {
+            Lookup {
+                table: pg_sys::table_open(catalog::relation(table), lock as pg_sys::LOCKMODE),
+                snapshot: pg_sys::RegisterSnapshot(self.snapshot),
+                index_lock: lock,
             }
         }
     }
@@ -225,7 +248,11 @@ pub struct Walk<'lookup> {
     slot: *mut pg_sys::TupleTableSlot,
 }
 
-impl Walk<'_> {
+impl<'lookup> Walk<'lookup> {
+    pub fn lookup(&self) -> &'lookup Lookup {
+        self.lookup
+    }
+
     /// Begins anew, with as many keys as before.
     pub fn seek(&mut self, keys: &[Key]) {
         let mut scan_keys = vec![pg_sys::ScanKeyData::default(); keys.len()];

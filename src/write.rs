@@ -187,10 +187,10 @@ impl<'lookup> Updater<'lookup> {
 /// Deletes the row on which the walk, of a look-up to write, stands, and which it has locked. False: the table has triggers, and a
 /// statement must do it.
 #[must_use]
-pub fn delete(table: &Lookup, walk: &Walk) -> bool {
+pub fn delete(walk: &Walk) -> bool {
     // SAFETY: as for `Updater`; a row's entries in indexes are left to VACUUM.
     unsafe {
-        let Some(table) = table.table_without_triggers() else {
+        let Some(table) = walk.lookup().table_without_triggers() else {
             return false;
         };
         let of_table = Target::without_indexes(table);

@@ -12,6 +12,7 @@ from peers import insert, lockstep, message_db
 from schedule import Cell, Subject
 
 RATE = 1000  # appends a second
+TURNS = 400  # of the consumer, a second: few enough for nearly each to find events, since one that finds none takes a fraction of the time
 LOGS = [Log(module.PEER, suffix="_decay") for module in (insert, lockstep, message_db)]
 
 
@@ -47,7 +48,7 @@ def measure(bench, log, held):
         # Before the transaction, so that the log is not empty for it.
         log.write(1, 4, rate=RATE).finish()
         with open_transaction(log.server, log.database) if held else nullcontext(), log.write(bench.hold, 4, rate=RATE) as writers:
-            turns = Pgbench(log.server, log.database, log.turn(100), 1, bench.hold - 1, options=log.peer.options)
+            turns = Pgbench(log.server, log.database, log.turn(100), 1, bench.hold - 1, rate=TURNS, options=log.peer.options)
             with turns:
                 took = turns.finish().took
             writers.finish()

@@ -75,7 +75,7 @@ fn delete_if_free(job_id: i64, token: i64) -> Option<Option<Completed>> {
     if completed.is_none() {
         return Some(None);
     }
-    (walk.lock(Strength::Update) && write::delete(&jobs, &walk)).then_some(completed)
+    (walk.lock(Strength::Update) && write::delete(&walk)).then_some(completed)
 }
 
 fn time(job: &Row, column: i16) -> Option<TimestampWithTimeZone> {

@@ -1,19 +1,18 @@
 //! Claiming jobs: the steps are in `job.rs`, the search in `search.rs`.
 
 use pgrx::datum::{Interval, IntoDatum, clock_timestamp};
-use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use super::attempt;
 use super::queue::{self, Place, Places};
 use super::row;
 use super::search::{self, Candidate, Found, KEYED, KeyWalk, Missing, Source};
+use super::turn;
 use crate::lock::{Mode, Tag};
 use crate::lookup::{Lookup, Strength};
-use crate::process;
 use crate::sequence;
 use crate::snapshot::{self, At};
-use crate::spi::{Arg, Jobs, Plan, Spi};
+use crate::spi::{Arg, Jobs, Plan};
 use crate::write::Updater;
 
 pub struct Request<'a> {
@@ -416,28 +415,23 @@ impl Claim<'_> {
     /// The tenants in a circle, a share of each at a time, until there are enough jobs or a round gave none.
     fn take_in_turns(&mut self) {
         let queue = self.request.queue;
-        let mut at = last_tenant(self.jobs.spi(), queue);
-        let (mut claimed_in_round, mut rounds) = (false, 0);
-        while self.order.len() < self.request.max_jobs {
-            let next = match &at {
-                Some(tenant) => queue::next_tenant(self.jobs.spi(), queue, tenant),
-                None => queue::first_tenant(self.jobs.spi(), queue),
-            };
-            let Some(tenant) = next else {
-                // The first round may have begun in the middle.
-                if at.is_none() || (rounds > 0 && !claimed_in_round) {
+        let most = self.request.max_jobs;
+        let mut last = turn::last_tenant(queue);
+        let mut before_round = None;
+        while self.order.len() < most && before_round != Some(self.order.len()) {
+            before_round = Some(self.order.len());
+            for tenant in turn::Round::new(queue, last.clone()) {
+                let left = most - self.order.len();
+                if left == 0 {
                     break;
                 }
-                rounds += 1;
-                claimed_in_round = false;
-                at = None;
-                continue;
-            };
-            let left = self.request.max_jobs - self.order.len();
-            claimed_in_round |= self.take(&tenant, 1 + left / 16) > 0;
-            at = Some(tenant);
+                self.take(&tenant, 1 + left / 16);
+                last = Some(tenant);
+            }
         }
-        remember_tenant(queue, at);
+        if let Some(last) = last {
+            turn::remember_tenant(queue, last);
+        }
     }
 }
 
@@ -447,38 +441,4 @@ impl InTenant<'_> {
         self.full = false;
         self.places = None;
     }
-}
-
-thread_local! {
-    /// By queue: the tenant that this session's last claim in turns ended with.
-    static LAST_TENANT: RefCell<HashMap<String, Option<String>>> = RefCell::new(HashMap::new());
-}
-
-/// After whom to begin. A new session begins anywhere among the first ones, or those would be served by every new session.
-fn last_tenant(spi: &Spi, queue: &str) -> Option<String> {
-    const FIRST_ONES: usize = 64;
-    if let Some(last) = LAST_TENANT.with_borrow(|last| last.get(queue).cloned()) {
-        return last;
-    }
-    let mut tenants: Vec<Option<String>> = vec![None];
-    let mut next = queue::first_tenant(spi, queue);
-    while let Some(tenant) = next
-        && tenants.len() < FIRST_ONES
-    {
-        next = queue::next_tenant(spi, queue, &tenant);
-        tenants.push(Some(tenant));
-    }
-    let random =
-        process::now().unsigned_abs() as usize / 7 + process::pid().unsigned_abs() as usize;
-    tenants.swap_remove(random % tenants.len())
-}
-
-fn remember_tenant(queue: &str, tenant: Option<String>) {
-    const QUEUES: usize = 1000;
-    LAST_TENANT.with_borrow_mut(|last| {
-        if last.len() >= QUEUES {
-            last.clear();
-        }
-        last.insert(queue.to_owned(), tenant);
-    });
 }

@@ -4,6 +4,7 @@ use pgrx::datum::Interval;
 use std::collections::HashSet;
 use std::ffi::CStr;
 
+use super::turn;
 use crate::error::Error;
 use crate::guc;
 use crate::lock::{Mode, Tag};
@@ -124,11 +125,10 @@ pub fn change(queue: &str, tenant: Option<&str>, changes: &Changes) {
         Arg::from(changes.backoff),
         Arg::from(changes.max_backoff),
     ];
-    let spi = Spi::connect();
-    spi.write_latest(&UPSERT, &args);
+    Spi::connect().write_latest(&UPSERT, &args);
     match tenant {
         Some(tenant) => announce(queue, tenant),
-        None => announce_everywhere(&spi, queue),
+        None => announce_everywhere(queue),
     }
 }
 
@@ -166,63 +166,12 @@ fn tell(queue: &str, tenant: &str, announce: impl Fn(&Event)) {
     }
 }
 
-fn announce_everywhere(spi: &Spi, queue: &str) {
-    let mut tenant = first_tenant(spi, queue);
+fn announce_everywhere(queue: &str) {
+    let mut tenant = turn::next_tenant(queue, None, None);
     while let Some(name) = tenant {
         announce(queue, &name);
-        tenant = next_tenant(spi, queue, &name);
+        tenant = turn::next_tenant(queue, Some(&name), None);
     }
-}
-
-macro_rules! tenant_after {
-    ($bound:literal) => {
-        concat!(
-            "WITH RECURSIVE clock (now) AS MATERIALIZED (
-                 SELECT pg_catalog.clock_timestamp()
-             ), r (tenant, lane, is_claimable) AS (
-                 (SELECT j.tenant, j.lane & ~3::bigint, false FROM lockstep.jobs AS j
-                  WHERE j.queue = $1 AND j.token IS NULL ",
-            $bound,
-            "
-                  ORDER BY j.tenant LIMIT 1)
-                 UNION ALL
-                 SELECT n.*
-                 FROM r
-                 CROSS JOIN LATERAL (
-                     SELECT r.tenant, r.lane, true
-                     WHERE EXISTS (SELECT FROM lockstep.jobs AS o
-                                   WHERE o.lane BETWEEN r.lane AND r.lane + 1 AND o.queue = $1 AND o.tenant = r.tenant)
-                         OR EXISTS (SELECT FROM lockstep.jobs AS d
-                                    WHERE d.queue = $1 AND d.tenant = r.tenant AND d.delayed_until > 'epoch'
-                                        AND d.delayed_until <= (SELECT now FROM clock))
-                     UNION ALL
-                     (SELECT j.tenant, j.lane & ~3::bigint, false FROM lockstep.jobs AS j
-                      WHERE j.queue = $1 AND j.token IS NULL AND j.tenant > r.tenant
-                      ORDER BY j.tenant LIMIT 1)
-                     LIMIT 1) AS n
-                 WHERE NOT r.is_claimable
-             )
-             SELECT LEAST((SELECT r.tenant FROM r WHERE r.is_claimable),
-                          (SELECT j.tenant FROM lockstep.jobs AS j
-                           WHERE j.queue = $1 ",
-            $bound,
-            "
-                               AND j.claimed_until <= (SELECT now FROM clock)
-                           ORDER BY j.tenant LIMIT 1))"
-        )
-    };
-}
-
-/// The first of the tenants that have jobs in the queue which are ready, due or expired.
-pub fn first_tenant(spi: &Spi, queue: &str) -> Option<String> {
-    static FIRST: Plan = Plan::new(tenant_after!(""));
-    spi.read(&FIRST, At::Latest, &[Arg::from(queue)]).get(0, 1)
-}
-
-pub fn next_tenant(spi: &Spi, queue: &str, after: &str) -> Option<String> {
-    static NEXT: Plan = Plan::new(tenant_after!("AND j.tenant > $2"));
-    let args = [Arg::from(queue), Arg::from(after)];
-    spi.read(&NEXT, At::Latest, &args).get(0, 1)
 }
 
 /// The free places of a queue that has a limit, as they were when they were read.

@@ -53,6 +53,10 @@ pub mod by_order {
     pub const LANE: i16 = 1;
 }
 
+pub mod by_key_order {
+    pub const INDEX: &std::ffi::CStr = c"jobs_key_order_idx";
+}
+
 pub mod by_delayed_until {
     pub const INDEX: &std::ffi::CStr = c"jobs_delayed_until_idx";
     pub const QUEUE: i16 = 1;

@@ -301,16 +301,7 @@ pub fn search<'jobs>(
     streams[4] = expired(jobs, queue, tenant, depth.max(1000));
     streams[1] = lane(number + 1, Source::Keyless, usize::MAX);
     // The lanes of what was delayed are only looked at where something is due.
-    let keys = [
-        Key::equal(row::by_delayed_until::QUEUE, queue),
-        Key::equal(row::by_delayed_until::TENANT, tenant),
-        Key::at_most(row::by_delayed_until::DELAYED_UNTIL, clock_timestamp()),
-    ];
-    if jobs
-        .walk(row::by_delayed_until::INDEX, &keys)
-        .step()
-        .is_some()
-    {
+    if is_due(jobs, queue, tenant) {
         streams[2] = Stream::limited(due(spi, queue, tenant, number + 2, keyed), keyed);
         streams[3] = Stream::limited(due(spi, queue, tenant, number + 3, depth), depth);
     }
@@ -318,6 +309,36 @@ pub fn search<'jobs>(
         streams,
         keyed_is_longest: keyed == most_keyed,
     }
+}
+
+/// Whether a time has come for any job.
+fn is_due(jobs: &Lookup, queue: &str, tenant: &str) -> bool {
+    let keys = [
+        Key::equal(row::by_delayed_until::QUEUE, queue),
+        Key::equal(row::by_delayed_until::TENANT, tenant),
+        Key::at_most(row::by_delayed_until::DELAYED_UNTIL, clock_timestamp()),
+    ];
+    jobs.walk(row::by_delayed_until::INDEX, &keys)
+        .step()
+        .is_some()
+}
+
+/// Whether any job is ready: at once, or since a time that has come.
+pub fn is_ready(jobs: &Lookup, queue: &str, tenant: &str) -> bool {
+    let number = queue::lane(queue, tenant);
+    let has_lane = |lane| {
+        let mut walk = jobs.walk(
+            row::by_order::INDEX,
+            &[Key::equal(row::by_order::LANE, lane)],
+        );
+        while let Some(row) = walk.step() {
+            if is_of(&row, queue, tenant) {
+                return true;
+            }
+        }
+        false
+    };
+    is_due(jobs, queue, tenant) || has_lane(number) || has_lane(number + 1)
 }
 
 /// Locks up to `count` jobs without a key that are ready at once, in their order, none of less priority than `least`; their ids. Skips

@@ -46,7 +46,7 @@ pub fn with_held<T>(name: &str, token: i64, wait: Wait, then: impl FnOnce(Held) 
     let leases = Lookup::to_write(state::TABLE, At::Latest);
     let mut row = state::walk(&leases, name);
     if let Some(lease) = state::lock_next(&mut row, is_held) {
-        return Held::now(&leases, &row, lease).map(then);
+        return Held::now(&row, lease).map(then);
     }
     if wait == Wait::ForRow && state::read(name).is_some_and(|lease| is_held(&lease)) {
         let args = [Arg::from(name), Arg::from(token)];
@@ -57,7 +57,7 @@ pub fn with_held<T>(name: &str, token: i64, wait: Wait, then: impl FnOnce(Held) 
         let leases = Lookup::to_write(state::TABLE, At::Latest);
         let mut row = state::walk(&leases, name);
         let lease = row.step().and_then(|row| Lease::of(&row))?;
-        return Held::now(&leases, &row, lease).map(then);
+        return Held::now(&row, lease).map(then);
     }
     Tag::lease(name).release(Mode::RowShare);
     None
@@ -65,27 +65,21 @@ pub fn with_held<T>(name: &str, token: i64, wait: Wait, then: impl FnOnce(Held) 
 
 /// A lease whose row this transaction has locked, and which was live then.
 pub struct Held<'a> {
-    leases: &'a Lookup,
     row: &'a Walk<'a>,
     lease: Lease,
     pub now: TimestampWithTimeZone,
 }
 
 impl<'a> Held<'a> {
-    fn now(leases: &'a Lookup, row: &'a Walk<'a>, lease: Lease) -> Option<Self> {
+    fn now(row: &'a Walk<'a>, lease: Lease) -> Option<Self> {
         let now = clock_timestamp();
-        (lease.expires_at > now).then_some(Held {
-            leases,
-            row,
-            lease,
-            now,
-        })
+        (lease.expires_at > now).then_some(Held { row, lease, now })
     }
 
     /// False: a statement must do it.
     #[must_use]
     fn change(&self, changes: &[Change]) -> bool {
-        let Some(mut updater) = Updater::of(self.leases) else {
+        let Some(mut updater) = Updater::of(self.row.lookup()) else {
             return false;
         };
         updater.change(self.row, changes);

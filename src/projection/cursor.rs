@@ -1,14 +1,22 @@
 //! The cursor of a projection in a tenant. Its row is written only under the PROJECTION lock, so never by two at a time.
+//!
+//! Each advance leaves a dead version of the row, which stays as long as any transaction in the database may still want it. Versions
+//! are found by the index in the order of their places, so the newest is looked for from the end: from the beginning, a claim beside a
+//! transaction that stays open would read all of them. One page of the table at most is left to read, as a chain of HOT updates is
+//! followed from its first version.
 
-use pgrx::datum::Interval;
+use pgrx::datum::{Interval, IntoDatum, TimestampWithTimeZone, clock_timestamp};
+use std::ffi::CStr;
 use std::time::Duration;
 
 use crate::error::Error;
 use crate::event_log::Filter;
+use crate::lookup::{Key, Lookup, Row, Strength, Walk};
 use crate::position::Position;
 use crate::snapshot::At;
 use crate::spi::{Arg, Plan, Spi};
 use crate::wakeup::{self, Event};
+use crate::write::Updater;
 
 /// A projection as a claim needs it, with its cursor in one tenant.
 pub struct Projection {
@@ -22,49 +30,137 @@ pub struct Projection {
     pub retry_in: Option<Duration>,
 }
 
+const TABLE: &CStr = c"projection_cursors";
+
+/// Where the columns of the tables are.
+mod column {
+    pub mod definition {
+        pub const OWNER: i16 = 2;
+        pub const AGGREGATE_TYPES: i16 = 3;
+        pub const EVENT_TYPES: i16 = 4;
+        pub const HANDLER: i16 = 5;
+        pub const BATCH_SIZE: i16 = 6;
+        pub const START_AFTER: i16 = 9;
+        pub const PAUSED: i16 = 10;
+    }
+
+    pub mod pause {
+        pub const PAUSED: i16 = 3;
+    }
+
+    pub mod cursor {
+        pub const POSITION: i16 = 3;
+        pub const ADVANCED_AT: i16 = 4;
+        pub const FAILING: i16 = 5;
+        pub const RETRY_AT: i16 = 6;
+    }
+}
+
+/// The walk whose first step back is the cursor's row.
+fn walk<'cursors>(cursors: &'cursors Lookup, projection: &str, tenant: &str) -> Walk<'cursors> {
+    let keys = [Key::equal(1, projection), Key::equal(2, tenant)];
+    cursors.walk(c"projection_cursors_pkey", &keys)
+}
+
 /// Reads it with a snapshot taken now.
 pub fn read(projection: &str, tenant: &str) -> Result<Projection, Error> {
-    static READ: Plan = Plan::new(
-        "SELECT p.aggregate_types, p.event_types, p.batch_size, p.handler,
-                COALESCE(c.position, p.start_after),
-                COALESCE((SELECT t.paused FROM lockstep.projection_pauses AS t
-                          WHERE t.projection = p.name AND t.tenant = $2), p.paused),
-                GREATEST(EXTRACT(epoch FROM c.retry_at - pg_catalog.clock_timestamp()), 0)::float8,
-                p.owner
-         FROM lockstep.projections AS p
-         LEFT JOIN LATERAL (SELECT * FROM lockstep.projection_cursors AS c
-                            WHERE c.projection = p.name AND c.tenant = $2 OFFSET 0) AS c ON true
-         WHERE p.name = $1",
-    );
-    let spi = Spi::connect();
-    let rows = spi.read(
-        &READ,
-        At::Latest,
-        &[Arg::from(projection), Arg::from(tenant)],
-    );
-    if rows.count() == 0 {
+    let definitions = Lookup::of(c"projections", At::Latest);
+    let mut definition = definitions.walk(c"projections_pkey", &[Key::equal(1, projection)]);
+    let Some(definition) = definition.step() else {
         return Err(Error::UndefinedProjection(projection.to_owned()));
-    }
+    };
+    let pauses = definitions.with_table(c"projection_pauses");
+    let keys = [Key::equal(1, projection), Key::equal(2, tenant)];
+    let mut pause = pauses.walk(c"projection_pauses_pkey", &keys);
+    let paused_here = pause
+        .step()
+        .and_then(|pause| pause.get(column::pause::PAUSED));
+    let cursors = definitions.with_table(TABLE);
+    let mut cursor = walk(&cursors, projection, tenant);
+    let cursor = cursor.step_back();
+    let cursor_or_start = match &cursor {
+        Some(cursor) => cursor.get(column::cursor::POSITION),
+        None => definition.get(column::definition::START_AFTER),
+    };
     Ok(Projection {
+        owner: definition
+            .get(column::definition::OWNER)
+            .unwrap_or_default(),
         filter: Filter {
-            aggregate_types: rows.get(0, 1),
-            event_types: rows.get(0, 2),
+            aggregate_types: definition.get(column::definition::AGGREGATE_TYPES),
+            event_types: definition.get(column::definition::EVENT_TYPES),
         },
-        batch_size: rows.get(0, 3).unwrap_or(1),
-        handler: rows.get(0, 4),
-        cursor: rows.get(0, 5).unwrap_or(Position::ZERO),
-        paused: rows.get(0, 6).unwrap_or(false),
-        retry_in: rows
-            .get(0, 7)
-            .filter(|seconds| *seconds > 0.0)
-            .map(Duration::from_secs_f64),
-        owner: rows.get(0, 8).unwrap_or_default(),
+        batch_size: definition.get(column::definition::BATCH_SIZE).unwrap_or(1),
+        handler: definition.get(column::definition::HANDLER),
+        cursor: cursor_or_start.unwrap_or(Position::ZERO),
+        paused: paused_here
+            .or_else(|| definition.get(column::definition::PAUSED))
+            .unwrap_or(false),
+        retry_in: cursor.and_then(|cursor| retry_in(&cursor)),
     })
+}
+
+fn retry_in(cursor: &Row) -> Option<Duration> {
+    let retry_at: TimestampWithTimeZone = cursor.get(column::cursor::RETRY_AT)?;
+    let microseconds = |time: TimestampWithTimeZone| -> i64 { time.into() };
+    let left = microseconds(retry_at).checked_sub(microseconds(clock_timestamp()))?;
+    u64::try_from(left)
+        .ok()
+        .filter(|left| *left > 0)
+        .map(Duration::from_micros)
 }
 
 /// Moves the cursor forward and ends a backoff; the events up to there that failed before have succeeded. False if the cursor
 /// is already further, or there is no such projection.
 pub fn advance(projection: &str, tenant: &str, position: Position) -> bool {
+    static SUCCEEDED: Plan = Plan::new(
+        "DELETE FROM lockstep.failed_events AS f
+         WHERE f.projection = $1 AND f.tenant = $2 AND f.position <= $3 AND f.skipped_at IS NULL",
+    );
+    let Some(was_failing) = move_forward(projection, tenant, position)
+        .unwrap_or_else(|| move_by_statement(projection, tenant, position))
+    else {
+        return false;
+    };
+    if was_failing {
+        let args = [
+            Arg::from(projection),
+            Arg::from(tenant),
+            Arg::from(position),
+        ];
+        Spi::connect().write(&SUCCEEDED, &args);
+    }
+    wakeup::announce(&Event::Advanced { projection, tenant });
+    true
+}
+
+/// Whether the event after the cursor had failed; Some(None): the cursor is already further. None: a statement must do it, as there is
+/// no row yet, or it is not only ours: with triggers, or in the hands of somebody who did not take the lock.
+fn move_forward(projection: &str, tenant: &str, position: Position) -> Option<Option<bool>> {
+    let cursors = Lookup::to_write(TABLE, At::Latest);
+    let mut cursor = walk(&cursors, projection, tenant);
+    let row = cursor.step_back()?;
+    let is_further = |at: Position| at > position;
+    if row.get(column::cursor::POSITION).is_some_and(is_further) {
+        return Some(None);
+    }
+    let was_failing = row.get(column::cursor::FAILING).unwrap_or(false);
+    let mut updater = Updater::of(&cursors)?;
+    if !cursor.lock(Strength::NoKeyUpdate) {
+        return None;
+    }
+    let changes = [
+        (column::cursor::POSITION, position.into_datum()),
+        (column::cursor::ADVANCED_AT, clock_timestamp().into_datum()),
+        (column::cursor::FAILING, false.into_datum()),
+        (column::cursor::RETRY_AT, None),
+    ];
+    updater.change(&cursor, &changes);
+    Some(Some(was_failing))
+}
+
+/// As `move_forward`; None: the cursor is already further, or there is no such projection.
+fn move_by_statement(projection: &str, tenant: &str, position: Position) -> Option<bool> {
     static UPSERT: Plan = Plan::new(
         "INSERT INTO lockstep.projection_cursors AS c (projection, tenant, position, advanced_at)
          SELECT p.name, $2, $3, pg_catalog.clock_timestamp() FROM lockstep.projections AS p WHERE p.name = $1
@@ -73,30 +169,15 @@ pub fn advance(projection: &str, tenant: &str, position: Position) -> bool {
              failing = false
          WHERE c.position <= EXCLUDED.position
          -- As the statement's snapshot shows it: before the update.
-         RETURNING (SELECT o.failing FROM lockstep.projection_cursors AS o
-                    WHERE o.projection = $1 AND o.tenant = $2)",
+         RETURNING COALESCE((SELECT o.failing FROM lockstep.projection_cursors AS o
+                             WHERE o.projection = $1 AND o.tenant = $2), false)",
     );
-    static SUCCEEDED: Plan = Plan::new(
-        "DELETE FROM lockstep.failed_events AS f
-         WHERE f.projection = $1 AND f.tenant = $2 AND f.position <= $3 AND f.skipped_at IS NULL",
-    );
-    let spi = Spi::connect();
-    let args = || {
-        [
-            Arg::from(projection),
-            Arg::from(tenant),
-            Arg::from(position),
-        ]
-    };
-    let rows = spi.write(&UPSERT, &args());
-    if rows.count() == 0 {
-        return false;
-    }
-    if rows.get(0, 1).unwrap_or(false) {
-        spi.write(&SUCCEEDED, &args());
-    }
-    wakeup::announce(&Event::Advanced { projection, tenant });
-    true
+    let args = [
+        Arg::from(projection),
+        Arg::from(tenant),
+        Arg::from(position),
+    ];
+    Spi::connect().write(&UPSERT, &args).get(0, 1)
 }
 
 /// Puts the cursor just before a failed event and lets claims wait: `retry_after` doubled for each failure but the first, at

@@ -15,7 +15,7 @@ use crate::spi::{Arg, Plan, Spi};
 
 /// The pairs that are behind. The tenant's head first, one descent a tenant, so that only those are looked into.
 macro_rules! behind {
-    ($columns:literal, $role:expr, $condition:literal) => {
+    ($columns:literal, $role:expr, $cursor:expr, $condition:literal) => {
         concat!(
             "SELECT p.name, t.tenant, next.created_at",
             $columns,
@@ -26,8 +26,8 @@ macro_rules! behind {
                FROM unnest($1::text[], $2::numeric[]) AS t (tenant, horizon) OFFSET 0) AS t
          CROSS JOIN lockstep.projections AS p ",
             $role,
-            " LEFT JOIN lockstep.projection_cursors AS c ON c.projection = p.name AND c.tenant = t.tenant
-         CROSS JOIN LATERAL (SELECT e.position, e.created_at FROM lockstep.events AS e
+            $cursor,
+            " CROSS JOIN LATERAL (SELECT e.position, e.created_at FROM lockstep.events AS e
                              WHERE e.tenant = t.tenant
                                AND e.position > COALESCE(c.position, p.start_after)
                                AND e.position <= t.horizon
@@ -38,6 +38,23 @@ macro_rules! behind {
             $condition,
             " ORDER BY next.created_at, next.position, p.name"
         )
+    };
+}
+
+/// The cursors, for a look at all of them.
+macro_rules! cursors {
+    () => {
+        " LEFT JOIN lockstep.projection_cursors AS c ON c.projection = p.name AND c.tenant = t.tenant"
+    };
+}
+
+/// Each cursor, found from the end of its dead versions, as `cursor.rs` does. BETWEEN, and not =, or the order would be nothing to the
+/// planner.
+macro_rules! newest_of_each_cursor {
+    () => {
+        " LEFT JOIN LATERAL (SELECT c.position, c.retry_at FROM lockstep.projection_cursors AS c
+                            WHERE c.projection = p.name AND c.tenant BETWEEN t.tenant AND t.tenant
+                            ORDER BY c.tenant DESC LIMIT 1) AS c ON true"
     };
 }
 
@@ -54,8 +71,12 @@ macro_rules! owner_for_workers {
 
 /// (projection, tenant) pairs with settled events after the cursor, the longest waiting first.
 pub fn due(names: Option<Vec<String>>, max_rows: usize) -> Result<Vec<(String, String)>, Error> {
-    static BEHIND: Plan =
-        Plan::joining(behind!("", "", "($3::text[] IS NULL OR p.name = ANY ($3))"));
+    static BEHIND: Plan = Plan::joining(behind!(
+        "",
+        "",
+        cursors!(),
+        "($3::text[] IS NULL OR p.name = ANY ($3))"
+    ));
     snapshot::require_primary("projection_due")?;
     let spi = Spi::connect();
     if let Some(names) = &names {
@@ -89,12 +110,17 @@ pub struct Due {
 /// and no superuser. And whether a prepared transaction has pushed: nothing tells when that ends.
 pub fn for_workers(tenants: Option<Vec<String>>) -> (Vec<Due>, bool) {
     macro_rules! behind_with_handler {
-        () => {
-            behind!(", r.oid", owner_for_workers!("$3"), "p.handler IS NOT NULL")
+        ($cursor:expr) => {
+            behind!(
+                ", r.oid",
+                owner_for_workers!("$3"),
+                $cursor,
+                "p.handler IS NOT NULL"
+            )
         };
     }
-    static ALL: Plan = Plan::joining(behind_with_handler!());
-    static FEW: Plan = Plan::new(behind_with_handler!());
+    static ALL: Plan = Plan::joining(behind_with_handler!(cursors!()));
+    static FEW: Plan = Plan::new(behind_with_handler!(newest_of_each_cursor!()));
     let spi = Spi::connect();
     let plan = if tenants.is_some() { &FEW } else { &ALL };
     let horizons = Horizons::now();

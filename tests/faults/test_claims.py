@@ -4,7 +4,8 @@ from decimal import Decimal
 
 import pytest
 from psycopg import sql
-from sessions import advance, call, claim, claim_and_advance, drain, log, push, push_many, raises
+from server import wait_for_lock_wait
+from sessions import advance, call, claim, claim_and_advance, drain, log, push, push_many, raises, start
 
 
 def state(session, name="p"):
@@ -277,6 +278,68 @@ def test_a_claim_stops_at_its_scan_limit_and_loses_nothing_around_it(session):
     assert len(wanted) == 5
     assert drain(session, "f") == wanted
     assert cursor_of(session, "f") == log(session)[-1]
+
+
+@pytest.mark.parametrize("by_hand", ["SELECT FROM {} FOR UPDATE", "UPDATE {} SET advanced_at = now()", "UPDATE {} SET position = position + 1000"])
+def test_an_advance_waits_for_who_has_the_cursors_row_and_goes_by_what_it_says_then(db, session, by_hand):
+    positions = push_many(session, 3)
+    with session.transaction():
+        claim(session, max_events=1)
+        advance(session)
+    with db.connect() as other:
+        other.execute("BEGIN")
+        other.execute(by_hand.format("lockstep.projection_cursors"))
+        session.execute("BEGIN")
+        assert claim(session, max_events=1) == positions[1:2]
+        waiting = start(advance, session)
+        with db.connect() as onlooker:
+            wait_for_lock_wait(onlooker, session.info.backend_pid)
+        other.execute("COMMIT")
+    if "1000" in by_hand:
+        with raises("22023") as caught:
+            waiting.result(60)
+        assert "behind the cursor" in caught.value.diag.message_primary
+        session.execute("ROLLBACK")
+        assert drain(session) == []
+    else:
+        assert waiting.result(60) == positions[1]
+        session.execute("COMMIT")
+        assert drain(session) == positions[2:]
+
+
+def test_what_a_claim_and_an_advance_read_does_not_grow_with_the_turns_since_another_transaction_began(db, session):
+    """That one keeps every version of the cursor that there has been since."""
+    push_many(session, 3000)
+    session.execute("""CREATE PROCEDURE public.turns(turns int) LANGUAGE plpgsql AS $$
+        BEGIN
+            FOR turn IN 1..turns LOOP
+                PERFORM FROM lockstep.projection_claim('p', max_events => 1);
+                PERFORM lockstep.projection_advance('p');
+                COMMIT;
+            END LOOP;
+        END $$""")
+
+    def pages_read(statement):
+        plan = session.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}").fetchone()[0][0]["Plan"]
+        return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+    def pages_of_a_turn():
+        with session.transaction():
+            claimed = pages_read("SELECT FROM lockstep.projection_claim('p', max_events => 1)")
+            return claimed, pages_read("SELECT lockstep.projection_advance('p')")
+
+    with db.connect() as holder:
+        holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT 1")
+        session.execute("CALL public.turns(200)")
+        # An advance that finds its page full looks for twins of the row, in all pages: that is the one of many.
+        before = [min(pages) for pages in zip(*(pages_of_a_turn() for _ in range(5)))]
+        session.execute("CALL public.turns(2500)")
+        after = [min(pages) for pages in zip(*(pages_of_a_turn() for _ in range(5)))]
+        assert session.execute("SELECT pg_relation_size('lockstep.projection_cursors') / 8192").fetchone()[0] >= 15
+        holder.execute("ROLLBACK")
+    for now, then in zip(after, before):
+        assert now <= then + 5, (before, after)
 
 
 def test_an_idle_claim_assigns_no_transaction_id_and_writes_nothing(cluster, new_database):
