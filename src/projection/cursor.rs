@@ -2,7 +2,7 @@
 //!
 //! Each advance leaves a dead version of the row, which stays as long as any transaction in the database may still want it. Versions
 //! are found by the index in the order of their places, so the newest is looked for from the end: from the beginning, a claim beside a
-//! transaction that stays open would read all of them. One page of the table at most is left to read, as a chain of HOT updates is
+//! transaction that stays open would read all of them. What is left to read is about a page of the table, as a chain of HOT updates is
 //! followed from its first version.
 
 use pgrx::datum::{Interval, IntoDatum, TimestampWithTimeZone, clock_timestamp};
