@@ -23,14 +23,19 @@ WIDEST = 100  # a ratio above this, or below its inverse, is drawn at the edge
 
 
 def draw(document, directory):
+    """A topic that two of the documents have is drawn from the first."""
     directory.mkdir(parents=True, exist_ok=True)
-    cells = list(report.rows(document))
-    systems = sorted({cell["system"] for cell, *_ in cells}, key=lambda name: (name != "lockstep", name))
+    topics = {}
+    for one in report.with_beside(document):
+        by_topic = lambda row: row[0]["topic"]  # noqa: E731
+        caption = report.provenance(one).replace("**", "")
+        for topic, group in groupby(sorted(report.rows(one), key=by_topic), key=by_topic):
+            topics.setdefault(topic, (list(group), caption))
+    systems = sorted({cell["system"] for group, _ in topics.values() for cell, *_ in group}, key=lambda name: (name != "lockstep", name))
     colour = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(systems)}
-    caption = report.provenance(document).replace("**", "")
-    for topic, group in groupby(sorted(cells, key=lambda row: row[0]["topic"]), key=lambda row: row[0]["topic"]):
+    for topic, (group, caption) in topics.items():
         with matplotlib.rc_context(STYLE):
-            figure = chart(topic, list(group), colour, caption)
+            figure = chart(topic, group, colour, caption)
             figure.savefig(directory / report.file_name(topic), metadata={"Date": None, "Creator": None})
             pyplot.close(figure)
 

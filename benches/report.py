@@ -16,7 +16,7 @@ from measure import Goal, as_json, from_json, summarize
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # The charts that the README shows, of those that there are, in this order.
-IN_README = ("loss", "stall", "append", "catch-up", "growth")
+IN_README = ("loss", "stall", "append", "catch-up", "decay", "growth")
 BEGIN, END = "<!-- written by tools/bench --charts: begin -->\n", "<!-- written by tools/bench --charts: end -->\n"
 
 
@@ -51,7 +51,7 @@ def git(*words):
 
 
 # What only shows figures, and what a run leaves.
-NOT_MEASURED = [f":!benches/{name}" for name in ("report.py", "charts.py", "results.json", "results.md")]
+NOT_MEASURED = [f":!benches/{name}" for name in ("report.py", "charts.py", "results*.json", "results.md")]
 
 
 def source():
@@ -87,7 +87,7 @@ def joined(before, document):
     new = {key(cell): cell for cell in document["cells"]}
     old = {key(cell) for cell in before["cells"]}
     cells = [new.get(key(cell), cell) for cell in before["cells"]] + [cell for cell in document["cells"] if key(cell) not in old]
-    facts = {name: value for name, value in before.items() if name not in ("cells", "earlier")}
+    facts = {name: value for name, value in before.items() if name not in ("cells", "earlier", "beside")}
     versions = before["versions"] | document["versions"]
     return document | {"versions": versions, "earlier": [*before.get("earlier", []), facts], "cells": cells}
 
@@ -136,7 +136,18 @@ def save(document, path):
 
 
 def load(path):
-    return json.loads(path.read_text())
+    """The results, and beside them what was finished on other machines or of another commit, whose files are named after theirs."""
+    others = [json.loads(other.read_text()) for other in sorted(path.parent.glob(f"{path.stem}-*.json"))]
+    return json.loads(path.read_text()) | {"beside": [finished(other) for other in others]}
+
+
+def finished(document):
+    cells = [cell for cell, summary in summaries(document) if summary.state not in ("unfinished", "none")]
+    return document | {"cells": cells}
+
+
+def with_beside(document):
+    return [document, *document.get("beside", [])]
 
 
 def summaries(document):
@@ -170,8 +181,9 @@ def verdict(cell, summary, others):
 
 
 def rows(document):
-    """One for each system in each cell: the cell, its summary, and the verdict."""
-    all_summaries = summaries(document)
+    """One for each system in each cell: the cell, its summary, and the verdict. A topic's cells follow each other, whichever run they are of."""
+    topics = list(dict.fromkeys(cell["topic"] for cell in document["cells"]))
+    all_summaries = sorted(summaries(document), key=lambda one: topics.index(one[0]["topic"]))
     for cell, summary in all_summaries:
         same = [other for rival, other in all_summaries if rival is not cell and (rival["topic"], rival["variant"]) == (cell["topic"], cell["variant"])]
         yield cell, summary, verdict(cell, summary, same)
@@ -213,13 +225,16 @@ def provenance(document):
 
 
 def paragraph(document):
-    topics = {cell["topic"] for cell in document["cells"]}
+    documents = with_beside(document)
+    topics = {cell["topic"] for one in documents for cell in one["cells"]}
+    where = " ".join(provenance(one).replace("Measured", "Measured too", 1 if number else 0) for number, one in enumerate(documents))
     charts = "\n".join(f"![{topic}](docs/img/{file_name(topic)})" for topic in IN_README if topic in topics)
-    return f"{BEGIN}{provenance(document)} All figures: [benches/results.md](benches/results.md).\n\n{charts}\n{END}"
+    return f"{BEGIN}{where} All figures: [benches/results.md](benches/results.md).\n\n{charts}\n{END}"
 
 
 def write_table(document, path):
-    path.write_text(f"# What was measured last\n\n[docs/benchmarks.md](../docs/benchmarks.md) says what each cell is. {markdown(document)}\n")
+    tables = "\n\n## Measured too\n\n".join(markdown(one) for one in with_beside(document))
+    path.write_text(f"# What was measured last\n\n[docs/benchmarks.md](../docs/benchmarks.md) says what each cell is. {tables}\n")
 
 
 def write_paragraph(document, path):

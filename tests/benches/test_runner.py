@@ -398,6 +398,27 @@ def test_charts_are_the_same_bytes_each_time(document, tmp_path):
     assert b"LOST 10" in drawn["loss.svg"] and b"slow peer" in drawn["append.svg"]
 
 
+def test_what_was_finished_elsewhere_is_shown_beside_the_results(document, tmp_path):
+    other = document | {"commit": "fedcba9876543210", "machine": document["machine"] | {"processor": "6502"}}
+    other["cells"] = [
+        result("lockstep", *[attempt(100, 50, 100)] * 5),
+        result("lockstep", *[attempt(100, 70, 100)] * 5, topic="decay"),
+        result("unfinished peer", *[attempt(100, 70, 100)] * 4, topic="decay"),
+    ]
+    report.save(document, tmp_path / "results.json")
+    report.save(other, tmp_path / "results-6502.json")
+    both = report.load(tmp_path / "results.json")
+    report.write_table(both, tmp_path / "results.md")
+    first, second = (tmp_path / "results.md").read_text().split("## Measured too")
+    assert "Z80" in first and "lockstep | 0.97" in first and "decay" not in first
+    assert "6502" in second and "lockstep | 0.50" in second and "lockstep | 0.70" in second and "unfinished peer" not in second
+    assert "Z80" in report.paragraph(both) and "6502" in report.paragraph(both) and "decay.svg" in report.paragraph(both)
+    charts.draw(both, tmp_path / "img")
+    assert {path.name for path in (tmp_path / "img").iterdir()} == {"append.svg", "loss.svg", "decay.svg"}
+    assert "Z80" in (tmp_path / "img" / "append.svg").read_text() and "6502" in (tmp_path / "img" / "decay.svg").read_text()
+    assert "beside" not in report.joined(both, {"seed": 3, "versions": {}, "cells": []})["earlier"][0]
+
+
 def test_the_readme_shows_the_charts_of_the_committed_results(tmp_path):
     results, readme = ROOT / "benches" / "results.json", (ROOT / "README.md").read_text()
     if not results.exists():
