@@ -27,9 +27,8 @@ def draw(document, directory):
     directory.mkdir(parents=True, exist_ok=True)
     topics = {}
     for one in report.with_beside(document):
-        by_topic = lambda row: row[0]["topic"]  # noqa: E731
         caption = report.provenance(one).replace("**", "")
-        for topic, group in groupby(sorted(report.rows(one), key=by_topic), key=by_topic):
+        for topic, group in groupby(report.rows(one), key=lambda row: row[0]["topic"]):
             topics.setdefault(topic, (list(group), caption))
     systems = sorted({cell["system"] for group, _ in topics.values() for cell, *_ in group}, key=lambda name: (name != "lockstep", name))
     colour = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(systems)}
