@@ -322,3 +322,12 @@ def test_a_search_path_of_the_callers_does_not_reach_into_job_wait(db, roles):
     )
     enqueue(worker, "k")
     assert worker.execute("CALL lockstep.job_wait('q', '1 second')").fetchone() == (True,)
+
+
+def test_a_session_that_claims_of_any_tenant_comes_back_to_the_one_that_it_served_last(db):
+    session = db.connect()
+    for tenant in "ababbb":
+        session.execute("SELECT lockstep.job_enqueue('turns', NULL, 'work', tenant => %s)", (tenant,))
+    claimed = [session.execute("SELECT tenant FROM lockstep.job_claim('turns', 'w', tenant => NULL)").fetchall() for _ in range(7)]
+    tenants = [row[0] for rows in claimed for row in rows]
+    assert "".join(tenants) in ("ababbb", "bababb")
