@@ -18,7 +18,8 @@ use std::collections::HashMap;
 use crate::argument;
 use crate::error::{Error, OrRaise};
 use crate::jsonb::Jsonb;
-use crate::lock::{self, Holder};
+use crate::lock;
+use crate::lock::table::Holder;
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot;
@@ -141,10 +142,7 @@ fn horizon(tenant: default!(Option<&str>, "''")) -> Position {
         let tenant = argument::tenant(tenant)?;
         snapshot::require_primary("horizon")?;
         snapshot::require_read_committed("horizon")?;
-        Ok::<_, Error>(read::last_position(
-            tenant,
-            settle::Horizons::now().of(tenant),
-        ))
+        Ok::<_, Error>(read::last_position(tenant, settle::horizon(tenant)))
     };
     run().or_raise()
 }

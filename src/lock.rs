@@ -31,7 +31,8 @@
 
 use pgrx::datum::IntoDatum;
 use pgrx::pg_sys;
-use std::collections::{HashMap, HashSet};
+
+pub mod table;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -247,6 +248,32 @@ impl Tag {
         }
     }
 
+    fn is(self, kind: Kind) -> bool {
+        self.field4 >> KIND_SHIFT == kind as u16
+    }
+
+    /// The whole ticket of a WRITER_START lock from the 44 bits that it carries: the greatest such number not above the
+    /// ceiling, which was read later than the start.
+    fn start_at_most(self, ceiling: i64) -> i64 {
+        let mask = (1_i64 << START_BITS) - 1;
+        let low = (i64::from(self.field4 & ((1 << KIND_SHIFT) - 1)) << 32) | i64::from(self.field3);
+        ceiling - (ceiling.wrapping_sub(low) & mask)
+    }
+
+    /// None: not one of the extension's locks in this database.
+    fn of_pg(tag: &pg_sys::LOCKTAG) -> Option<Self> {
+        // SAFETY: a plain backend-local variable.
+        let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
+        let is_ours = tag.locktag_type == pg_sys::LockTagType::LOCKTAG_ADVISORY as u8
+            && tag.locktag_field1 == database
+            && tag.locktag_field4 >> KIND_SHIFT != 0;
+        is_ours.then_some(Tag {
+            field4: tag.locktag_field4,
+            field2: tag.locktag_field2,
+            field3: tag.locktag_field3,
+        })
+    }
+
     fn as_pg(self) -> pg_sys::LOCKTAG {
         pg_sys::LOCKTAG {
             // SAFETY: a plain backend-local variable.
@@ -333,193 +360,6 @@ pub fn lock_table(table: pg_sys::Oid) {
     let _owner = LockOwner::subtransaction();
     // SAFETY: an ordinary relation lock until the transaction's end.
     unsafe { pg_sys::LockRelationOid(table, pg_sys::ExclusiveLock as pg_sys::LOCKMODE) }
-}
-
-/// Who holds a lock: a backend, or a prepared transaction, which has no process and the pid 0.
-#[derive(Clone, Copy)]
-pub struct Holder {
-    pub pid: i32,
-    /// Of a prepared transaction.
-    pub transaction_id: Option<u32>,
-}
-
-/// Tells apart the holders without a process.
-fn virtual_transaction(lock: &pg_sys::LockInstanceData) -> (i32, u32) {
-    #[cfg(any(feature = "pg15", feature = "pg16"))]
-    return (lock.backend, lock.lxid);
-    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-    return (lock.vxid.procNumber, lock.vxid.localTransactionId);
-}
-
-/// The extension's locks in this database as they stood at one moment.
-#[derive(Default)]
-pub struct Locks {
-    /// By tenant key: the WRITER_START locks of other transactions, prepared ones too.
-    starts: HashMap<u32, Vec<Tag>>,
-    /// Every WRITER_START and every PROJECTION lock, with who holds it.
-    held: Vec<(Tag, Holder)>,
-    /// Every LEASE and LEASE_WAITER lock: with Shared or in another mode, and who holds it.
-    leases: Vec<(Tag, bool, Holder)>,
-    /// What other transactions hold exclusively.
-    exclusive_elsewhere: HashSet<Tag>,
-    this_transaction_pushed: bool,
-}
-
-impl Locks {
-    /// Reads the lock table once. All its partitions are held together, so the picture is of one moment.
-    pub fn now() -> Self {
-        let mut locks = Locks::default();
-        // SAFETY: returns a palloc'd array of `nelements` copies.
-        unsafe {
-            let data = pg_sys::GetLockStatusData();
-            let database = pg_sys::MyDatabaseId.to_u32();
-            let all: &[pg_sys::LockInstanceData] = match (*data).nelements {
-                n if n > 0 => std::slice::from_raw_parts((*data).locks, n as usize),
-                _ => &[],
-            };
-            // Every transaction that has an id holds a lock on it, a prepared one too.
-            let prepared: HashMap<(i32, u32), u32> = all
-                .iter()
-                .filter(|lock| {
-                    lock.pid == 0
-                        && lock.holdMask != 0
-                        && lock.locktag.locktag_type
-                            == pg_sys::LockTagType::LOCKTAG_TRANSACTION as u8
-                })
-                .map(|lock| (virtual_transaction(lock), lock.locktag.locktag_field1))
-                .collect();
-            for lock in all {
-                let tag = &lock.locktag;
-                if tag.locktag_type == pg_sys::LockTagType::LOCKTAG_ADVISORY as u8
-                    && tag.locktag_field1 == database
-                    && tag.locktag_field4 >> KIND_SHIFT != 0
-                    && lock.holdMask != 0
-                {
-                    let tag = Tag {
-                        field4: tag.locktag_field4,
-                        field2: tag.locktag_field2,
-                        field3: tag.locktag_field3,
-                    };
-                    let holds = |mode: Mode| lock.holdMask & (1 << mode.as_pg()) != 0;
-                    let holder = Holder {
-                        pid: lock.pid,
-                        transaction_id: prepared.get(&virtual_transaction(lock)).copied(),
-                    };
-                    if tag.is(Kind::Lease) || tag.is(Kind::LeaseWaiter) {
-                        locks.leases.push((tag, holds(Mode::Shared), holder));
-                        continue;
-                    }
-                    let own = lock.pid == pg_sys::MyProcPid;
-                    locks.add(tag, holds(Mode::Exclusive), own, holder);
-                }
-            }
-            if !(*data).locks.is_null() {
-                pg_sys::pfree((*data).locks.cast());
-            }
-            pg_sys::pfree(data.cast());
-        }
-        locks
-    }
-
-    fn add(&mut self, tag: Tag, exclusive: bool, own: bool, holder: Holder) {
-        if tag.is(Kind::WriterStart) || tag.is(Kind::Projection) {
-            self.held.push((tag, holder));
-        }
-        if own {
-            self.this_transaction_pushed |= tag.is(Kind::Writer);
-        } else if tag.is(Kind::WriterStart) {
-            self.starts.entry(tag.field2).or_default().push(tag);
-        } else if exclusive {
-            self.exclusive_elsewhere.insert(tag);
-        }
-    }
-
-    /// Whether this transaction holds WRITER for any tenant: it has pushed, and has not rolled the push back.
-    pub fn this_transaction_pushed(&self) -> bool {
-        self.this_transaction_pushed
-    }
-
-    /// The least ticket after which a push of another transaction to the tenant may have begun, if one is in flight.
-    /// `ceiling` is the ticket sequence's value, read after these locks.
-    pub fn least_writer_start(&self, tenant: &str, ceiling: i64) -> Option<i64> {
-        let starts = self.starts.get(&tenant_key(tenant))?;
-        starts.iter().map(|tag| tag.start_at_most(ceiling)).min()
-    }
-
-    /// The pushes in flight, this transaction's too: the key of the tenant, the ticket that the push's one is above, and whose
-    /// it is. `ceiling` as in `least_writer_start`.
-    pub fn writers(&self, ceiling: i64) -> impl Iterator<Item = (u32, i64, Holder)> {
-        self.held
-            .iter()
-            .filter(|(tag, _)| tag.is(Kind::WriterStart))
-            .map(move |(tag, holder)| (tag.field2, tag.start_at_most(ceiling), *holder))
-    }
-
-    /// The claims held, this transaction's too.
-    pub fn claims(&self) -> HashMap<Tag, Holder> {
-        let claims = self.held.iter().filter(|(tag, _)| tag.is(Kind::Projection));
-        claims.copied().collect()
-    }
-
-    /// Whether any session guards a lease or waits for one.
-    pub fn has_leases(&self) -> bool {
-        !self.leases.is_empty()
-    }
-
-    /// The transactions that guard the lease.
-    pub fn guards(&self, lease: &str) -> impl Iterator<Item = Holder> {
-        let tag = Tag::lease(lease);
-        self.leases
-            .iter()
-            .filter(move |(held, shared, _)| *held == tag && *shared)
-            .map(|(_, _, holder)| *holder)
-    }
-
-    /// Who sleeps in lease_take for the lease.
-    pub fn lease_waiters(&self, lease: &str) -> impl Iterator<Item = Holder> {
-        let tag = Tag::lease_waiter(lease);
-        self.leases
-            .iter()
-            .filter(move |(held, _, _)| *held == tag)
-            .map(|(_, _, holder)| *holder)
-    }
-
-    /// The backends other than this one that hold the lease's lock in any mode; 0 is a prepared transaction.
-    pub fn lease_holders_elsewhere(&self, lease: &str) -> Vec<i32> {
-        let tag = Tag::lease(lease);
-        // SAFETY: a plain backend-local variable.
-        let own = unsafe { pg_sys::MyProcPid };
-        self.leases
-            .iter()
-            .filter(|(held, _, holder)| *held == tag && holder.pid != own)
-            .map(|(_, _, holder)| holder.pid)
-            .collect()
-    }
-
-    /// Whether another transaction has claimed the projection for the tenant, or is changing its definition.
-    pub fn is_claimed_elsewhere(&self, name: &str, tenant: &str) -> bool {
-        !self.exclusive_elsewhere.is_empty()
-            && (self
-                .exclusive_elsewhere
-                .contains(&Tag::projection(name, tenant))
-                || self
-                    .exclusive_elsewhere
-                    .contains(&Tag::projection_all(name)))
-    }
-}
-
-impl Tag {
-    fn is(self, kind: Kind) -> bool {
-        self.field4 >> KIND_SHIFT == kind as u16
-    }
-
-    /// The whole ticket of a WRITER_START lock from the 44 bits that it carries: the greatest such number not above the
-    /// ceiling, which was read later than the start.
-    fn start_at_most(self, ceiling: i64) -> i64 {
-        let mask = (1_i64 << START_BITS) - 1;
-        let low = (i64::from(self.field4 & ((1 << KIND_SHIFT) - 1)) << 32) | i64::from(self.field3);
-        ceiling - (ceiling.wrapping_sub(low) & mask)
-    }
 }
 
 /// What a WRITER_START lock tells of its tenant.

@@ -4,7 +4,8 @@
 use std::cell::Cell;
 
 use crate::error::Error;
-use crate::lock::{self, Holder, Locks};
+use crate::lock;
+use crate::lock::table::{self, Holder, Locks};
 use crate::position::Position;
 use crate::sequence;
 use crate::snapshot;
@@ -16,7 +17,21 @@ pub fn barrier(tenant: &str) -> Position {
     Position::last_of(cut)
 }
 
-/// Cut, then the least start of a push in flight; for any number of tenants. The caller reads with a snapshot taken after this.
+/// Cut, then the least start of a push in flight. The caller reads with a snapshot taken after this.
+pub fn horizon(tenant: &str) -> Position {
+    let cut = sequence::TICKET.value();
+    let starts = table::writer_starts(tenant);
+    if starts.is_empty() {
+        return Position::last_of(cut);
+    }
+    bound(cut, table::least_start(&starts, sequence::TICKET.value()))
+}
+
+fn bound(cut: i64, least_start: Option<i64>) -> Position {
+    Position::last_of(least_start.map_or(cut, |start| start.clamp(0, cut)))
+}
+
+/// The horizon of any number of tenants, with one look.
 pub struct Horizons {
     cut: i64,
     locks: Locks,
@@ -36,8 +51,10 @@ impl Horizons {
     }
 
     pub fn of(&self, tenant: &str) -> Position {
-        let start = self.locks.least_writer_start(tenant, self.ceiling);
-        Position::last_of(start.map_or(self.cut, |start| start.clamp(0, self.cut)))
+        bound(
+            self.cut,
+            self.locks.least_writer_start(tenant, self.ceiling),
+        )
     }
 
     /// The pushes in flight: the key of the tenant, the least position that the push can have, and whose it is.
@@ -74,7 +91,7 @@ pub fn settle(tenant: &str, wait: bool) -> Position {
     if wait && !WITHOUT_WAITING.get() && !this_transaction_pushed() {
         barrier(tenant)
     } else {
-        Horizons::now().of(tenant)
+        horizon(tenant)
     }
 }
 
@@ -87,5 +104,5 @@ pub fn refuse_after_push(what: &'static str) -> Result<(), Error> {
 }
 
 fn this_transaction_pushed() -> bool {
-    snapshot::has_transaction_id() && Locks::now().this_transaction_pushed()
+    snapshot::has_transaction_id() && table::this_transaction_pushed()
 }

@@ -3,7 +3,7 @@
 use pgrx::datum::Interval;
 
 use super::state;
-use crate::lock::{Holder, Locks};
+use crate::lock::table::{Holder, Locks};
 use crate::snapshot::{self, At};
 use crate::spi::{Arg, Plan, Spi};
 

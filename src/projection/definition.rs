@@ -219,7 +219,7 @@ pub fn reset(name: &str, tenant: &str, up_to: Position) -> Result<(), Error> {
     Tag::projection(name, tenant).acquire(Mode::Exclusive);
     require_owner(name)?;
     rights::as_extension_owner(|| {
-        let settled = last_position(tenant, Horizons::now().of(tenant));
+        let settled = last_position(tenant, settle::horizon(tenant));
         if up_to > settled || up_to > Position::ZERO && event_at(tenant, up_to).count() == 0 {
             return Err(Error::InvalidParameter {
                 message: format!("up_to {up_to} is not the position of a settled event"),
