@@ -5,13 +5,17 @@
 //! the table, not by what is in it: 16 partitions and some ten thousand buckets at `max_connections` = 300, while no other session can
 //! take or give back any lock. It serves what asks about all tenants.
 //!
-//! [`writer_starts`] is what each claim asks: who holds WRITER of one tenant, under one partition's lock, and then, from the list of locks
-//! that each of those processes has, its WRITER_START. The two are not of one moment. Between them
+//! [`writer_starts`] is what each claim asks: which transactions hold WRITER of one tenant, under one partition's lock; then their
+//! WRITER_STARTs, from the list of locks that each of their processes has; then whether the processes still are in these transactions.
+//! The three are not of one moment. Between them
 //! - a push may end: its rows are visible before its locks go, and the reader's snapshot is taken later;
-//! - another push of the same process may begin: its start was read after the reader's cut, and bounds nothing;
-//! - the transaction may be prepared, and its locks move to an entry without a process, one partition after the other: the process
-//!   has WRITER, and its start no longer. Who passed over it would lose the events. So a holder without a start, and one without a
-//!   process, is looked for in the whole table.
+//! - a transaction may be prepared, and its locks move to an entry without a process, one partition after the other: the process
+//!   has WRITER, and its start no longer;
+//! - its process may then begin another push, whose start is above the reader's cut and bounds nothing.
+//!
+//! Who took a process without a start for one that has ended, or the other push's start for the one that was asked for, would lose
+//! the events of the prepared transaction. A prepared transaction even keeps the number of the process that prepared it. So a start counts
+//! only if its process was in the listed transaction before and after it was found, and if one is missing, the whole table is copied.
 //!
 //! Under one partition's lock all the entries that a process has in that partition are there, and none is freed.
 
@@ -45,45 +49,59 @@ pub fn this_transaction_pushed() -> bool {
 
 /// None: only the whole table tells.
 fn starts_of_holders(tenant: &str) -> Option<Vec<Tag>> {
-    let holders = processes_with(Tag::writer(tenant))?;
+    let holders = holders_of(Tag::writer(tenant));
     if holders.is_empty() {
         return Some(Vec::new());
     }
-    let key = tenant_key(tenant);
-    let mut has_start = vec![false; holders.len()];
-    let mut starts = held_by(&holders)?;
-    starts.retain(|(holder, tag)| {
-        let is_start = tag.is(Kind::WriterStart) && tag.field2 == key;
-        has_start[*holder] |= is_start;
-        is_start
-    });
-    let has_all = has_start.into_iter().all(|has_start| has_start);
-    has_all.then(|| starts.into_iter().map(|(_, tag)| tag).collect())
+    let processes: Option<Vec<_>> = holders.iter().map(process_of).collect();
+    let (processes, key) = (processes?, tenant_key(tenant));
+    let mut starts = held_by(&processes)?;
+    starts.retain(|(_, tag)| tag.is(Kind::WriterStart) && tag.field2 == key);
+    let mut is_sure = vec![false; holders.len()];
+    for (index, _) in &starts {
+        is_sure[*index] = is_still_in(processes[*index], &holders[*index]);
+    }
+    let all_sure = is_sure.into_iter().all(|is_sure| is_sure);
+    all_sure.then(|| starts.into_iter().map(|(_, tag)| tag).collect())
 }
 
-/// The processes of other transactions that hold the lock; None if one has no process, or none any more.
-fn processes_with(tag: Tag) -> Option<Vec<*mut pg_sys::PGPROC>> {
+/// The other transactions that hold the lock. A prepared one has the number that it had in its process, or none after a restart.
+fn holders_of(tag: Tag) -> Vec<pg_sys::VirtualTransactionId> {
     let mut count = 0;
     // SAFETY: a filled tag; on a primary the result is a palloc'd array of `count`.
     unsafe {
         let mode = Mode::Exclusive.as_pg(); // which conflicts with every other one
         let transactions = pg_sys::GetLockConflicts(&tag.as_pg(), mode, &mut count);
-        let holders = std::slice::from_raw_parts(transactions, count as usize);
-        let processes = holders.iter().map(process_of).collect();
+        let holders = std::slice::from_raw_parts(transactions, count as usize).to_vec();
         pg_sys::pfree(transactions.cast());
-        processes
+        holders
     }
 }
 
-/// By now it may run another transaction.
+/// Where the transaction ran when it had no other number than this.
 fn process_of(transaction: &pg_sys::VirtualTransactionId) -> Option<*mut pg_sys::PGPROC> {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
-    // SAFETY: looks into shared memory for any number.
+    // SAFETY: looks into shared memory, for any number.
     let process = unsafe { BackendIdGetProc(transaction.backendId) };
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     // SAFETY: as above.
     let process = unsafe { pg_sys::ProcNumberGetProc(transaction.procNumber) };
     (!process.is_null()).then_some(process)
+}
+
+/// Whether the process has been in this transaction up to now.
+fn is_still_in(process: *mut pg_sys::PGPROC, transaction: &pg_sys::VirtualTransactionId) -> bool {
+    // SAFETY: processes have their place in shared memory for the server's life; read once, as PostgreSQL itself does.
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    return unsafe {
+        (&raw const (*process).backendId).read_volatile() == transaction.backendId
+            && (&raw const (*process).lxid).read_volatile() == transaction.localTransactionId
+    };
+    // SAFETY: as above; here the number of the process never changes.
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    return unsafe {
+        (&raw const (*process).vxid.lxid).read_volatile() == transaction.localTransactionId
+    };
 }
 
 #[cfg(any(feature = "pg15", feature = "pg16"))]

@@ -1,7 +1,7 @@
 """Pushes and claims inside what transactions can be: prepared, deferred, with savepoints and exception blocks."""
 
 from psycopg.types.json import Jsonb
-from server import wait_for_lock_wait
+from server import wait_for_lock_wait, wait_until
 from sessions import call, claim, claim_and_advance, drain, log, push, raises, start
 
 
@@ -112,6 +112,65 @@ def test_a_prepared_push_holds_back_readers_after_a_restart_too(cluster, new_dat
     assert wait_for_lock_wait(observer, reader.info.backend_pid)
     session.execute("COMMIT PREPARED 'held'")
     assert waiting.result(30) == [prepared, after]
+
+
+def test_a_prepared_push_holds_back_readers_though_its_session_pushes_again(db):
+    writer, other, reader = (db.connect() for _ in range(3))
+    reader.execute("SELECT lockstep.projection_create('p')")
+    before = push(other)
+    writer.execute("BEGIN")
+    prepared = push(writer)
+    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    between = push(other)
+    writer.execute("BEGIN")
+    again = push(writer)
+    assert claim_and_advance(reader, barrier=False) == [before]
+    other.execute(f"COMMIT PREPARED '{db.name}'")
+    assert claim_and_advance(reader, barrier=False) == [prepared, between]
+    writer.execute("COMMIT")
+    assert claim_and_advance(reader, barrier=False) == [again]
+
+
+def test_the_horizon_does_not_pass_a_push_while_its_locks_move_to_a_prepared_transaction(cluster, new_database):
+    """PREPARE TRANSACTION moves them one part of the lock table after the other. Here there are many, so that it takes a while."""
+    rounds, locks, watchers = 6, 40_000, 2
+    database = new_database(cluster(max_locks_per_transaction=2000), "moving")
+    writer, other, *readers = (database.connect() for _ in range(2 + watchers))
+    other.execute(
+        """
+        -- Whether the horizon passed the position before somebody let go of the advisory lock 0.
+        CREATE FUNCTION passes(at numeric) RETURNS boolean LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_advisory_xact_lock(-pg_backend_pid());
+            LOOP
+                IF lockstep.horizon() >= at THEN
+                    RETURN true;
+                ELSIF pg_try_advisory_xact_lock_shared(0) THEN
+                    RETURN false;
+                END IF;
+            END LOOP;
+        END $$
+        """
+    )
+    for number in range(rounds):
+        writer.execute("BEGIN")
+        push(writer)
+        writer.execute("SELECT count(pg_advisory_xact_lock(n)) FROM generate_series(1, %s) AS n", (locks,))
+        above = push(other)
+        other.execute("SELECT pg_advisory_lock(0)")
+        watching = [start(reader.execute, "SELECT passes(%s)", (above,)) for reader in readers]
+        for reader in readers:
+            assert wait_until(lambda pid=reader.info.backend_pid: is_locked(other, -pid))
+        writer.execute(f"PREPARE TRANSACTION 'moved {number}'")
+        other.execute("SELECT pg_advisory_unlock(0)")
+        assert [future.result(60).fetchone()[0] for future in watching] == [False] * watchers
+        writer.execute(f"COMMIT PREPARED 'moved {number}'")
+
+
+def is_locked(observer, key):
+    """Whether somebody holds the advisory lock."""
+    query = "SELECT NOT pg_try_advisory_xact_lock(%s)"
+    return observer.execute(query, (key,)).fetchone()[0]
 
 
 def test_a_push_in_an_exception_block_that_rolls_back_is_no_push(db):
