@@ -125,7 +125,7 @@ class Events(oracle.Run):
     HANDLED = Reader("handled")
 
     def __init__(self, where, numbers):
-        super().__init__(None, None)
+        super().__init__(None, None, prepares=False)
         self.where, self.numbers = where, numbers
         self.passing = where.passing
         self.readers = self.CLAIMED

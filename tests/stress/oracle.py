@@ -4,8 +4,8 @@ By hand, against a database with the extension in it:
 
     python tests/stress/oracle.py --seconds 300 --dsn "host=/tmp dbname=scratch user=postgres"
 
-Writers hold transactions open for random times, push several times in one, roll back, use savepoints, and are
-killed. Readers insert what they see into a table in the transaction that moves their cursor, so nothing but the reading
+Writers hold transactions open for random times, push several times in one, roll back, use savepoints, prepare (where
+max_prepared_transactions lets them), and are killed. Readers insert what they see into a table in the transaction that moves their cursor, so nothing but the reading
 protocol decides what is in it. Every reader's table must hold exactly what is in the log, once, in order, and the log
 exactly what writers committed.
 
@@ -27,6 +27,7 @@ from psycopg.types.json import Jsonb
 TENANTS = ("", "blue", "green")
 # 40P01: several pushes in one transaction may meet another's in the opposite order. LS001: somebody else was first.
 EXPECTED_ERRORS = {"40P01", "LS001"}
+PREPARED = 8  # transactions that are prepared and not ended, about
 KILLED = {"57P01", "57P02", "57P03"}
 
 SCHEMA = """
@@ -114,13 +115,14 @@ class Report:
 
 
 class Run:
-    def __init__(self, dsn, seconds, mode="lockstep", writers=8, workers=2, kills=True, seed=None):
-        self.dsn, self.seconds, self.mode, self.kills = dsn, seconds, mode, kills
+    def __init__(self, dsn, seconds, mode="lockstep", writers=8, workers=2, kills=True, prepares=True, seed=None):
+        self.dsn, self.seconds, self.mode, self.kills, self.prepares = dsn, seconds, mode, kills, prepares
         self.writers, self.workers = writers, workers
         self.seed = random.randrange(2**32) if seed is None else seed
         self.readers = LOCKSTEP_READERS if mode == "lockstep" else (Reader(mode),)
         self.writing, self.draining = threading.Event(), threading.Event()
         self.committed, self.aborted = set(), set()  # the tags that writers know to be in the log, or not to be
+        self.prepared = {}  # of transactions that are to be ended, by their global identifiers: the tags
         self.counts, self.problems = Counter(), []
         self.lock = threading.Lock()
         self.passing = set(KILLED)  # errors after which a client connects again and goes on
@@ -138,6 +140,8 @@ class Run:
     def run(self):
         with self.connect("setup") as connection:
             self.set_up(connection)
+            places = connection.execute("SELECT current_setting('max_prepared_transactions')::int").fetchone()[0]
+            self.prepares = self.prepares and places >= PREPARED + self.writers
         self.writing.set()
         readers = [
             threading.Thread(target=self.guarded, args=(self.read_all, reader, number))
@@ -149,11 +153,12 @@ class Run:
         ]
         if self.kills:
             writers.append(threading.Thread(target=self.guarded, args=(self.kill_all,)))
-        for thread in readers + writers:
+        ender = threading.Thread(target=self.guarded, args=(self.end_prepared, writers))
+        for thread in [*readers, *writers, ender]:
             thread.start()
         self.pause(self.seconds)
         self.writing.clear()
-        for thread in writers:
+        for thread in [*writers, ender]:
             thread.join()
         self.draining.set()
         for thread in readers:
@@ -228,8 +233,33 @@ class Run:
             self.count(f"errors {error.diag.sqlstate}")
             connection.execute("ROLLBACK")
             return
+        if self.prepares and len(self.prepared) < PREPARED and dice.random() < 0.15:
+            gid = f"oracle {dice.getrandbits(64)}"
+            self.prepared[gid] = tags
+            try:
+                connection.execute(f"PREPARE TRANSACTION '{gid}'")
+            except psycopg.Error:  # killed, in time or not
+                self.prepared.pop(gid, None)
+                raise
+            return
         connection.execute("COMMIT")
         self.ended(self.committed, tags, "transactions committed")
+
+    def end_prepared(self, writers):
+        """Ends what was prepared, some time later, while its session goes on; also what a kill left, of which nobody knows."""
+        dice = random.Random(f"{self.seed} ender")
+        there = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY random() LIMIT 1"
+        with self.connect("ender") as connection:
+            while any(thread.is_alive() for thread in writers) or connection.execute(there).fetchone():
+                time.sleep(dice.choice((0, 0.002, 0.02)))
+                for (gid,) in connection.execute(there).fetchall():
+                    commits = dice.random() < 0.8
+                    try:
+                        connection.execute(f"{'COMMIT' if commits else 'ROLLBACK'} PREPARED '{gid}'")
+                    except psycopg.errors.ObjectNotInPrerequisiteState:  # its PREPARE has not returned
+                        continue
+                    tags = self.prepared.pop(gid, ())
+                    self.ended(self.committed if commits else self.aborted, tags, "prepared transactions ended")
 
     def ended(self, into, tags, what):
         with self.lock:

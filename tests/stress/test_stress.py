@@ -18,7 +18,7 @@ def test_every_projection_sees_exactly_what_was_committed_once_and_in_order(orac
     report = oracle.Run(db.dsn, stress_seconds).run()
     print(report)
     assert report.good, f"\n{report}"
-    for what in ("transactions committed", "transactions rolled back", "connections killed", "claims rolled back"):
+    for what in ("transactions committed", "transactions rolled back", "prepared transactions ended", "connections killed", "claims rolled back"):
         assert report.counts[what], f"no {what}: this run has shown little\n{report}"
 
 
