@@ -5,7 +5,7 @@
  * A ticket is a number from 1; a set of events is a set of bits, that of ticket t is 1 << (t - 1). A push is one event here: the
  * fraction of a position only orders what commits at once.
  *
- * A -D on spin's command line chooses the bounds (WRITERS, READERS, BOTH, TRANSACTIONS, PUSHES) and at most one mutant, which
+ * A -D on spin's command line chooses the bounds (WRITERS, READERS, BOTH, TRANSACTIONS, PUSHES, PREPARES) and at most one mutant, which
  * breaks one step. test_model.py runs them all.
  */
 
@@ -19,15 +19,20 @@
 #define BOTH 1 /* sessions that push and claim in one transaction */
 #endif
 #ifndef TRANSACTIONS
-#define TRANSACTIONS 1 /* of each session that pushes */
+#define TRANSACTIONS 1 /* of each session that pushes; with PREPARES of the first, and one of the others */
 #endif
 #ifndef PUSHES
 #define PUSHES 2 /* in one transaction, at most; at most 16 tickets are drawn in all */
 #endif
+#ifndef PREPARES
+#define PREPARES 0 /* 1: transactions may be prepared, one at a time */
+#endif
 
 #define SESSIONS (WRITERS + READERS + BOTH)
+#define ENTRIES (SESSIONS + PREPARES) /* in the array of processes: what is prepared has one too, without a process */
+#define PREPARED SESSIONS
 #define PROJECTIONS 2 /* the second wants only events with odd tickets */
-#define AGGREGATES 2  /* session n pushes to the aggregate n modulo 2 */
+#define AGGREGATES (2 + PREPARES) /* session n pushes to n modulo 2; with PREPARES the first one to another in each transaction */
 #define NOBODY 255
 
 #define SET short
@@ -52,11 +57,18 @@ byte logged_cursor[PROJECTIONS];    /* the same by the commit records in the WAL
 
 /* The locks, in the lock table. */
 byte writers;                       /* WRITER: the sessions that hold it */
-byte start[SESSIONS];               /* WRITER_START: one more than the value that it carries; 0: not held */
+byte start[ENTRIES];                /* WRITER_START: one more than the value that it carries; 0: not held */
 byte aggregate[AGGREGATES];         /* AGGREGATE: who holds it */
 byte claimed[PROJECTIONS];          /* PROJECTION: who holds it */
 byte running;                       /* the transactions that GetLockConflicts would name */
+byte number[ENTRIES];               /* of the transaction among those of its process; what is prepared keeps it; 0: none */
 byte waits_for[SESSIONS];           /* the transactions whose ends a barrier still waits for */
+byte prepared_by = NOBODY;
+#if PREPARES
+bool is_prepared;                   /* its process has let go of it */
+SET prepared_events;
+byte prepared_pushes, prepared_sequence, prepared_aggregate;
+#endif
 #ifdef QUEUEING_BARRIER
 bool queued;                        /* an exclusive request for WRITER stands in its queue */
 #endif
@@ -92,16 +104,16 @@ ltl what_is_committed_is_read { [] (ended == WRITERS + BOTH -> <> (applied[0] ==
  */
 inline lock_aggregate() { /* lock::acquire_sorted(tags(..)): waits for other pushes, and so before WRITER is held */
     do
-    :: aggregate[me % AGGREGATES] == me -> break
-    :: atomic { aggregate[me % AGGREGATES] == NOBODY -> aggregate[me % AGGREGATES] = me; has_aggregate = true }
+    :: aggregate[pushes_to] == me -> break
+    :: atomic { aggregate[pushes_to] == NOBODY -> aggregate[pushes_to] = me; has_aggregate = true }
     :: else ->
         assert(mine || !(writers & BIT(me))); /* a push waits for nobody while it is in flight for the readers */
-        aggregate[me % AGGREGATES] == NOBODY
+        aggregate[pushes_to] == NOBODY
     od
 }
 
 inline read_sequence() { /* read_sequences(): At::Latest */
-    sequence = length[me % AGGREGATES]
+    sequence = length[pushes_to]
 }
 
 inline lock_writer() { /* lock_writer(): once per transaction; reads TICKET.value(), then WRITER_START, then WRITER */
@@ -189,7 +201,7 @@ inline roll_back_to_savepoint() {
         :: else
         fi;
         if
-        :: has_aggregate -> aggregate[me % AGGREGATES] = NOBODY
+        :: has_aggregate -> aggregate[pushes_to] = NOBODY
         :: else
         fi
     }
@@ -216,12 +228,12 @@ inline wait_for_writers() { /* lock.rs, wait_for_writers(): VirtualXactLock for 
 #endif
 }
 
-inline find_least_start() { /* lock.rs, Locks::now(): all partitions of the lock table at one moment */
+inline copy_lock_table() { /* table.rs, Locks::now(): all partitions at one moment */
     d_step {
         least = NOBODY;
         other = 0;
         do
-        :: other < SESSIONS ->
+        :: other < ENTRIES ->
             if
             :: other != me && start[other] && start[other] - 1 < least -> least = start[other] - 1
             :: else
@@ -231,6 +243,63 @@ inline find_least_start() { /* lock.rs, Locks::now(): all partitions of the lock
         od;
         other = 0
     }
+}
+
+/* table.rs, writer_starts(): the holders of WRITER, with their numbers; of each the start; whether its process is still in it. */
+inline find_starts() {
+    d_step {
+        least = NOBODY;
+        is_sure = true;
+        holders = writers & running & ~BIT(me);
+        process_of_prepared = prepared_by;
+        other = 0;
+        do
+        :: other < ENTRIES -> listed[other] = (holders & BIT(other) -> number[other] : 0); other++
+        :: else -> break
+        od;
+        other = 0
+    };
+    do
+    :: other < ENTRIES && !(holders & BIT(other)) -> other++
+    :: other < ENTRIES && (holders & BIT(other)) ->
+        process = (other == PREPARED -> process_of_prepared : other);
+#ifndef NUMBER_BEFORE_START
+        found = start[process];
+#endif
+#ifndef NO_NUMBER
+        is_sure = is_sure && number[process] == listed[other];
+#endif
+#ifdef NUMBER_BEFORE_START
+        found = start[process];
+#endif
+#ifndef MISSING_START_IS_AN_END
+        is_sure = is_sure && found;
+#endif
+        d_step {
+            if
+            :: found && found - 1 < least -> least = found - 1
+            :: else
+            fi;
+            other++;
+            found = 0;
+            process = 0
+        }
+    :: other == ENTRIES -> break
+    od;
+    atomic {
+        holders = 0; process_of_prepared = 0;
+        other = 0;
+        do
+        :: other < ENTRIES -> listed[other] = 0; other++
+        :: else -> break
+        od;
+        other = 0
+    };
+    if
+    :: is_sure
+    :: else -> copy_lock_table()
+    fi;
+    is_sure = false
 }
 
 inline take_snapshot() { /* snapshot.rs, At::Latest */
@@ -256,7 +325,14 @@ inline barrier() { /* settle.rs, barrier() */
 #endif
 }
 
-inline horizon() { /* settle.rs, Horizons::now() and of() */
+inline find_least_start() {
+    if
+    :: find_starts()     /* settle.rs, horizon(): of one tenant */
+    :: copy_lock_table() /* settle.rs, Horizons: of any number */
+    fi
+}
+
+inline horizon() { /* settle.rs, horizon(), or Horizons::now() and of() */
 #ifdef CUT_AFTER_LOCKS
     find_least_start();
     cut_log();
@@ -338,6 +414,7 @@ inline log_commit() { /* RecordTransactionCommit() */
 inline show_commit() { /* ProcArrayEndTransaction() */
     d_step {
         running = running & ~BIT(me);
+        number[me] = 0;
         /* No cursor has passed an event that becomes visible now. */
         assert(!(mine & UP_TO(cursor[0])));
         assert(!(mine & UP_TO(cursor[1])));
@@ -345,10 +422,10 @@ inline show_commit() { /* ProcArrayEndTransaction() */
         if
         :: mine ->
             /* Sequences of an aggregate have no gap and no double, and their order is that of the positions. */
-            assert(sequence == length[me % AGGREGATES]);
-            assert(LAST(FIRST(mine)) > head[me % AGGREGATES]);
-            length[me % AGGREGATES] = sequence + pushed;
-            head[me % AGGREGATES] = LAST(mine)
+            assert(sequence == length[pushes_to]);
+            assert(LAST(FIRST(mine)) > head[pushes_to]);
+            length[pushes_to] = sequence + pushed;
+            head[pushes_to] = LAST(mine)
         :: else
         fi;
         if
@@ -373,6 +450,7 @@ inline release_locks() { /* LockReleaseAll(): those who wait for the transaction
         start[me] = 0;
 #endif
         running = running & ~BIT(me);
+        number[me] = 0;
         other = 0;
         do
         :: other < SESSIONS -> waits_for[other] = waits_for[other] & ~BIT(me); other++
@@ -380,7 +458,7 @@ inline release_locks() { /* LockReleaseAll(): those who wait for the transaction
         od;
         other = 0;
         if
-        :: aggregate[me % AGGREGATES] == me -> aggregate[me % AGGREGATES] = NOBODY
+        :: aggregate[pushes_to] == me -> aggregate[pushes_to] = NOBODY
         :: else
         fi;
         if
@@ -390,18 +468,89 @@ inline release_locks() { /* LockReleaseAll(): those who wait for the transaction
     }
 }
 
+#if PREPARES
+inline prepare() { /* PrepareTransaction() */
+    d_step { /* MarkAsPreparing() gives the entry the number of the transaction in its process; EndPrepare() */
+        number[PREPARED] = number[me];
+        running = running | BIT(PREPARED);
+        prepared_events = mine; prepared_pushes = pushed; prepared_sequence = sequence; prepared_aggregate = pushes_to;
+        if
+        :: aggregate[pushes_to] == me -> aggregate[pushes_to] = PREPARED
+        :: else
+        fi
+    };
+    if /* PostPrepare_Locks(): one partition after the other */
+    :: move_start(); move_writer()
+    :: move_writer(); move_start()
+    fi;
+    d_step { /* ProcArrayClearTransaction(); who waits for this transaction waits for the prepared one then */
+        running = running & ~BIT(me);
+        number[me] = 0;
+        is_prepared = true;
+        other = 0;
+        do
+        :: other < SESSIONS ->
+            if
+            :: waits_for[other] & BIT(me) -> waits_for[other] = (waits_for[other] & ~BIT(me)) | BIT(PREPARED)
+            :: else
+            fi;
+            other++
+        :: else -> break
+        od;
+        other = 0
+    }
+}
+
+inline move_start() {
+    d_step { start[PREPARED] = start[me]; start[me] = 0 }
+}
+
+inline move_writer() {
+    if
+    :: writers & BIT(me) -> d_step { writers = (writers & ~BIT(me)) | BIT(PREPARED) }
+    :: else
+    fi
+}
+
+/* Whoever ends what is prepared, from any session. */
+proctype ender(byte me) {
+    SET mine, batch;
+    byte pushed, sequence, pushes_to, projection, position, other;
+    bool has_claimed;
+
+end_nothing_prepared:
+    do
+    :: is_prepared ->
+        pushes_to = prepared_aggregate;
+        if
+        :: true ->
+            d_step { mine = prepared_events; pushed = prepared_pushes; sequence = prepared_sequence };
+            log_commit();
+            show_commit()
+        :: true /* ROLLBACK PREPARED */
+        fi;
+        release_locks();
+        d_step {
+            mine = 0; pushed = 0; sequence = 0; pushes_to = 0;
+            prepared_events = 0; prepared_pushes = 0; prepared_sequence = 0; prepared_aggregate = 0;
+            is_prepared = false; prepared_by = NOBODY
+        }
+    od
+}
+#endif
+
 inline forget() {
     d_step {
-        mine = 0; pushed = 0; pushes_made = 0; sequence = 0;
+        mine = 0; pushed = 0; pushes_made = 0; pushes_to = 0; sequence = 0;
         projection = 0; position = 0; batch = 0; has_claimed = false; is_busy = false
     }
 }
 
 proctype session(byte me; bool pushes; bool claims) {
-    byte transactions = TRANSACTIONS; /* left */
+    byte transactions = (PREPARES && me -> 1 : TRANSACTIONS); /* left */
     /* Of the transaction's pushes. */
     SET mine;
-    byte pushed, pushes_made, sequence, before, drawn; /* pushes_made: with those that were rolled back */
+    byte pushed, pushes_made, pushes_to, sequence, before, drawn; /* pushes_made: with those that were rolled back */
     bool has_aggregate, has_writer;
 #ifdef CACHED_TICKETS
     byte cached;
@@ -410,12 +559,17 @@ proctype session(byte me; bool pushes; bool claims) {
     SET snapshot, batch;
     byte projection, after, cut, least, position, other;
     bool has_claimed, is_busy;
+    /* Of its look for starts. */
+    byte holders, listed[ENTRIES], process, process_of_prepared, found;
+    bool is_sure;
 
 end_idle:
     do
     :: transactions || !pushes ->
         atomic {
             running = running | BIT(me);
+            number[me] = transactions + 1;
+            pushes_to = (PREPARES -> (me -> 0 : transactions) : me) % AGGREGATES;
             transactions = (pushes -> transactions - 1 : 0)
         };
         do
@@ -437,13 +591,15 @@ end_idle:
 #endif
 #endif
             break
+#if PREPARES
+        :: atomic { pushed && !has_claimed && prepared_by == NOBODY -> prepared_by = me }; prepare(); break
+#endif
 #ifdef LIVENESS
         :: me == 0 && pushed -> do :: true -> skip od
         :: is_busy ->
 #else
         :: has_claimed || is_busy || pushes_made -> /* ROLLBACK, or the session is killed */
 #endif
-            running = running & ~BIT(me);
             release_locks();
             break
         od;
@@ -474,5 +630,8 @@ init {
             n++
         :: else -> break
         od
+#if PREPARES
+        run ender(PREPARED)
+#endif
     }
 }

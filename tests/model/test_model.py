@@ -73,8 +73,9 @@ def _run(directory, *command):
     return done.stdout
 
 
-def bounds(writers=0, readers=0, both=0, transactions=1, pushes=1):
-    return {"WRITERS": writers, "READERS": readers, "BOTH": both, "TRANSACTIONS": transactions, "PUSHES": pushes}
+def bounds(writers=0, readers=0, both=0, transactions=1, pushes=1, prepares=0):
+    sessions = {"WRITERS": writers, "READERS": readers, "BOTH": both}
+    return sessions | {"TRANSACTIONS": transactions, "PUSHES": pushes, "PREPARES": prepares}
 
 
 # Each with the least number of states that it must have: fewer would mean that something is no longer tried.
@@ -83,8 +84,10 @@ SMALL = {
     "one writer, one that does both": (bounds(writers=1, both=1, pushes=2), 200_000),
     "one writer, two readers": (bounds(writers=1, readers=2), 90_000),
     "three writers of two aggregates": (bounds(writers=3), 20_000),
+    "one writer that prepares, one reader": (bounds(writers=1, readers=1, transactions=2, prepares=1), 200_000),
 }
 LARGE = {
+    "two writers, one prepares, one reader": (bounds(writers=2, readers=1, prepares=1), 2_000_000),
     "a writer, a reader, one that does both": (bounds(writers=1, readers=1, both=1), 800_000),
     "two readers, two transactions": (bounds(writers=1, readers=2, transactions=2), 700_000),
     "three writers of two pushes": (bounds(writers=3, pushes=2), 2_000_000),
@@ -125,6 +128,9 @@ MUTANTS = {
     "NO_BARRIER": (PASSED, LOG),
     "CUT_AFTER_LOCKS": (PASSED, LOG),
     "SNAPSHOT_BEFORE_LOCKS": (LEFT_OUT, LOG),
+    "MISSING_START_IS_AN_END": (f"{PASSED}|{LEFT_OUT}", bounds(writers=2, readers=1, prepares=1)),
+    "NO_NUMBER": (f"{PASSED}|{LEFT_OUT}", bounds(writers=1, readers=1, transactions=3, prepares=1)),
+    "NUMBER_BEFORE_START": (f"{PASSED}|{LEFT_OUT}", bounds(writers=2, readers=1, transactions=2, prepares=1)),
     # The writer
     "TICKET_BEFORE_LOCK": (PASSED, LOG),
     "START_AFTER_TICKET": (PASSED, LOG),
