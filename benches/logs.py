@@ -13,7 +13,7 @@ from measure import Measurement
 from peers import install, payload
 from servers import server
 
-POLL = 100  # milliseconds that a polling consumer sleeps
+POLL = 100  # milliseconds that a polling consumer sleeps, on average
 # Seconds without a new event after which a consumer is taken to have missed what it was not passed: if it was passed a later one, and else.
 PATIENCE, LONG_PATIENCE = 5, 60
 
@@ -104,8 +104,8 @@ class Log:
         return self.peer.turn.format(batch=batch, each=str(each).lower()) + "\n"
 
     def poll(self, consumers, seconds, batch=1000):
-        """Consumers that poll; the caller ends them."""
-        script = f"{self.turn(batch)}\\sleep {POLL} ms\n"
+        """Consumers that poll, out of step with each other as sessions are that began at different times; the caller ends them."""
+        script = f"\\set pause random({POLL // 2}, {POLL * 3 // 2})\n\\sleep :pause ms\n{self.turn(batch)}"
         return Pgbench(self.server, self.database, script, consumers, seconds + 60, options=self.peer.options)
 
     @contextmanager

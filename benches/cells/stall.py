@@ -83,6 +83,8 @@ def cells(bench):
         logs = [LOCKSTEP]
         if (hold, where, consumers) == (1000, "the same tenant", 8):
             logs += [INSERT, QUEUED_BARRIER, SNAPSHOT_XMIN]
+        elif consumers == 64:
+            logs += [INSERT]  # what the consumers' work alone does to the writers
         subjects = [
             Subject(
                 "position > last seen" if log is INSERT else log.peer.name,

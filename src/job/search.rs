@@ -285,10 +285,7 @@ pub fn search<'jobs>(
     let number = queue::lane(queue, tenant);
     let lane = |number, source, left| {
         Stream::walking(Lane {
-            walk: jobs.walk(
-                row::by_order::INDEX,
-                &[Key::equal(row::by_order::LANE, number)],
-            ),
+            walk: walk_lane(jobs, number),
             queue,
             tenant,
             source,
@@ -311,6 +308,11 @@ pub fn search<'jobs>(
     }
 }
 
+fn walk_lane<'jobs>(jobs: &'jobs Lookup, number: i64) -> Walk<'jobs> {
+    let lane = Key::equal(row::by_order::LANE, number);
+    jobs.walk(row::by_order::INDEX, &[lane])
+}
+
 /// Whether a time has come for any job.
 fn is_due(jobs: &Lookup, queue: &str, tenant: &str) -> bool {
     let keys = [
@@ -327,10 +329,7 @@ fn is_due(jobs: &Lookup, queue: &str, tenant: &str) -> bool {
 pub fn is_ready(jobs: &Lookup, queue: &str, tenant: &str) -> bool {
     let number = queue::lane(queue, tenant);
     let has_lane = |lane| {
-        let mut walk = jobs.walk(
-            row::by_order::INDEX,
-            &[Key::equal(row::by_order::LANE, lane)],
-        );
+        let mut walk = walk_lane(jobs, lane);
         while let Some(row) = walk.step() {
             if is_of(&row, queue, tenant) {
                 return true;
@@ -351,8 +350,7 @@ pub fn lock_keyless(
     least: i32,
     tried: &mut HashSet<i64>,
 ) -> Vec<i64> {
-    let number = Key::equal(row::by_order::LANE, queue::lane(queue, tenant) + 1);
-    let mut walk = jobs.walk(row::by_order::INDEX, &[number]);
+    let mut walk = walk_lane(jobs, queue::lane(queue, tenant) + 1);
     let mut locked = Vec::new();
     while locked.len() < count
         && let Some(row) = walk.step()

@@ -56,10 +56,14 @@ mod column {
     }
 }
 
+/// Of the primary keys of the cursors and of the pauses.
+fn keys<'a>(projection: &'a str, tenant: &'a str) -> [Key<'a>; 2] {
+    [Key::equal(1, projection), Key::equal(2, tenant)]
+}
+
 /// The walk whose first step back is the cursor's row.
 fn walk<'cursors>(cursors: &'cursors Lookup, projection: &str, tenant: &str) -> Walk<'cursors> {
-    let keys = [Key::equal(1, projection), Key::equal(2, tenant)];
-    cursors.walk(c"projection_cursors_pkey", &keys)
+    cursors.walk(c"projection_cursors_pkey", &keys(projection, tenant))
 }
 
 /// Reads it with a snapshot taken now.
@@ -70,8 +74,7 @@ pub fn read(projection: &str, tenant: &str) -> Result<Projection, Error> {
         return Err(Error::UndefinedProjection(projection.to_owned()));
     };
     let pauses = definitions.with_table(c"projection_pauses");
-    let keys = [Key::equal(1, projection), Key::equal(2, tenant)];
-    let mut pause = pauses.walk(c"projection_pauses_pkey", &keys);
+    let mut pause = pauses.walk(c"projection_pauses_pkey", &keys(projection, tenant));
     let paused_here = pause
         .step()
         .and_then(|pause| pause.get(column::pause::PAUSED));
