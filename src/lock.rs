@@ -1,4 +1,5 @@
-//! The heavyweight locks of the extension, the barrier and the horizon. The only file with unsafe lock code.
+//! The heavyweight locks of the extension, and the barrier; the horizon's look at them is in `lock/table.rs`. All unsafe lock code is in
+//! these two files.
 //!
 //! All locks are PostgreSQL's own, in the advisory lock space, transaction-scoped. `locktag_field4` carries a private kind in
 //! its top four bits; `pg_advisory_lock` uses the values 1 and 2 there, so no key of an application can meet one of ours.
