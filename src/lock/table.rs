@@ -11,7 +11,7 @@
 //! - a push may end: its rows are visible before its locks go, and the reader's snapshot is taken later;
 //! - a transaction may be prepared, and its locks move to an entry without a process, one partition after the other: the process
 //!   has WRITER, and its start no longer;
-//! - its process may then begin another push, whose start is above the reader's cut and bounds nothing.
+//! - its process may then, or long since, have begun another push, whose start says nothing of the prepared one.
 //!
 //! Who took a process without a start for one that has ended, or the other push's start for the one that was asked for, would lose
 //! the events of the prepared transaction. A prepared transaction even keeps the number of the process that prepared it. So a start counts
@@ -78,7 +78,7 @@ fn holders_of(tag: Tag) -> Vec<pg_sys::VirtualTransactionId> {
     }
 }
 
-/// Where the transaction ran when it had no other number than this.
+/// The process that the number names. A prepared transaction is not in it any more.
 fn process_of(transaction: &pg_sys::VirtualTransactionId) -> Option<*mut pg_sys::PGPROC> {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     // SAFETY: looks into shared memory, for any number.

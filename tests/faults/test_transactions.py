@@ -62,13 +62,19 @@ def test_many_sessions_whose_deferred_triggers_push_at_commit_lose_nothing(db):
     assert len(seen) == 120
 
 
+def push_and_prepare(session, gid, aggregate_id=None):
+    """Pushes one event in a transaction that is prepared under this identifier; returns its position."""
+    session.execute("BEGIN")
+    position = push(session, aggregate_id)
+    session.execute(f"PREPARE TRANSACTION '{gid}'")
+    return position
+
+
 def test_a_prepared_push_holds_back_readers_until_it_is_committed(db):
     writer, other, reader, observer = (db.connect() for _ in range(4))
     observer.execute("SELECT lockstep.projection_create('p'), lockstep.projection_create('q')")
     before = push(other)
-    writer.execute("BEGIN")
-    prepared = push(writer)
-    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    prepared = push_and_prepare(writer, db.name)
     after = push(other)
     assert claim_and_advance(reader, "p", barrier=False) == [before]
     waiting = start(claim_and_advance, reader, "q")
@@ -82,9 +88,7 @@ def test_a_prepared_push_holds_back_readers_until_it_is_committed(db):
 def test_a_prepared_push_that_is_rolled_back_leaves_nothing(db):
     writer, other, reader, observer = (db.connect() for _ in range(4))
     observer.execute("SELECT lockstep.projection_create('p')")
-    writer.execute("BEGIN")
-    push(writer, "one")
-    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    push_and_prepare(writer, db.name, "one")
     after = push(other)
     waiting = start(claim_and_advance, reader)
     wait_for_lock_wait(observer, reader.info.backend_pid)
@@ -101,9 +105,7 @@ def test_a_prepared_push_holds_back_readers_after_a_restart_too(cluster, new_dat
     session = database.connect()
     session.execute("SELECT lockstep.projection_create('p')")
     before = push(session)
-    session.execute("BEGIN")
-    prepared = push(session, "one")
-    session.execute("PREPARE TRANSACTION 'held'")
+    prepared = push_and_prepare(session, "held", "one")
     own.restart()
     session, reader, observer = database.connect(), database.connect(), database.connect()
     after = push(session)
@@ -118,9 +120,7 @@ def test_a_prepared_push_holds_back_readers_though_its_session_pushes_again(db):
     writer, other, reader = (db.connect() for _ in range(3))
     reader.execute("SELECT lockstep.projection_create('p')")
     before = push(other)
-    writer.execute("BEGIN")
-    prepared = push(writer)
-    writer.execute(f"PREPARE TRANSACTION '{db.name}'")
+    prepared = push_and_prepare(writer, db.name)
     between = push(other)
     writer.execute("BEGIN")
     again = push(writer)
